@@ -1,0 +1,56 @@
+"""How much attention a block of queries gives a block of keys, estimated from one mean key per block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK_BIAS_CLAMP = 3.0
+LEVEL_BIAS_CLAMP = 1.0
+
+
+def logit_variance(query_squares: Tensor, key_variance: Tensor, scale: float) -> Tensor:
+    """Variance of a pooled group's logits about the logit of its mean key.
+
+    Args:
+        query_squares: Mean over a query block's rows of q squared ``[B, H, query blocks, D]``.
+        key_variance: Within-group key variance ``[B, H, key blocks, D]``.
+        scale: Softmax scale.
+
+    Returns:
+        ``a`` of design.md section 3, ``[B, H, query blocks, key blocks]``.
+    """
+    return scale * scale * query_squares @ key_variance.transpose(-1, -2)
+
+
+def bias_from_variance(variance: Tensor, clamp: float) -> Tensor:
+    """Second-order term of a pooled logit: the mean of exponentials exceeds the exponential of the mean.
+
+    Half the logit variance, clamped because the expansion overshoots where the variance is large.
+    """
+    return (variance / 2).clamp(max=clamp)
+
+
+def block_importance(
+    queries: Tensor, filled: Tensor, mean_keys: Tensor, key_counts: Tensor, bias: Tensor, scale: float, stride: int
+) -> Tensor:
+    """Estimate the attention mass of every (query block, key block).
+
+    Args:
+        queries: Queries in blocks ``[B, H, query blocks, size, D]``.
+        filled: Which places hold a token ``[query blocks, size]``.
+        mean_keys: Mean centred key of every block ``[B, H, key blocks, D]``.
+        key_counts: Tokens of every key block ``[key blocks]``.
+        bias: Second-order term of every pair ``[B, H, query blocks, key blocks]``.
+        scale: Softmax scale.
+        stride: Every how many rows of a block are looked at.
+
+    Returns:
+        ``[B, H, query blocks, key blocks]``; rows sum to 1.
+    """
+    rows = queries[:, :, :, ::stride]
+    weights = filled[:, ::stride].to(queries.dtype)
+    logits = scale * rows @ mean_keys.transpose(-1, -2).unsqueeze(2)
+    logits = logits + key_counts.to(logits.dtype).log() + bias.unsqueeze(3)
+    mass = torch.softmax(logits, dim=-1)
+    return (mass * weights[..., None]).sum(3) / weights.sum(-1)[:, None]

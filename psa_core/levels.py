@@ -1,0 +1,74 @@
+"""From importance to the level of every (query block, key block)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .config import PSAConfig
+
+
+def select_by_error(
+    importance: Tensor,
+    logit_variances: Tensor,
+    value_variances: Tensor,
+    value_power: Tensor,
+    key_counts: Tensor,
+    config: PSAConfig,
+) -> Tensor:
+    """Take the level with the least predicted squared error plus weighted cost.
+
+    Args:
+        importance: Attention mass of every pair ``[B, H, query blocks, video blocks]``.
+        logit_variances: ``a`` of every pair at every level ``[levels, B, H, query blocks, video blocks]``; the first,
+            level 1, is not looked at.
+        value_variances: Within-group value variance of every block ``[levels, B, H, video blocks]``.
+        value_power: Mean of ``|v|^2`` of each head ``[B, H]``.
+        key_counts: Tokens of every video key block ``[video blocks]``.
+        config: ``error_weight`` and the levels.
+
+    Returns:
+        Level codes ``[B, H, query blocks, video blocks]``, uint8. Ties go to the finer level; a level whose predicted
+        error is not finite is not taken.
+
+    Source: design.md section 3, "Choice".
+    """
+    assert config.error_weight is not None
+    weight = config.error_weight / max(len(key_counts), 1)
+    best = torch.full_like(importance, weight)  # level 1: no error, full cost
+    codes = torch.zeros_like(importance, dtype=torch.uint8)
+    for index, (size, code) in enumerate(zip(config.group_sizes, config.level_codes, strict=True)):
+        if size == 1:
+            continue
+        error = importance.square() * logit_variances[index] * value_variances[index].unsqueeze(2)
+        error = error / value_power[:, :, None, None]
+        groups = (key_counts + size - 1) // size
+        score = error + weight * (groups / key_counts)
+        better = (score < best) & error.isfinite()
+        best = torch.where(better, score, best)
+        codes = torch.where(better, code, codes)
+    return codes
+
+
+def select_by_rank(importance: Tensor, config: PSAConfig) -> Tensor:
+    """Take levels by the rank of a block (``topk``) or by the mass that ranks before it (``threshold``).
+
+    Args:
+        importance: Attention mass of every pair ``[B, H, query blocks, video blocks]``; renormalised here.
+        config: ``ranges`` and the levels.
+
+    Returns:
+        Level codes ``[B, H, query blocks, video blocks]``, uint8. Equal masses rank in block order.
+    """
+    assert config.ranges is not None
+    ordered, blocks = torch.sort(importance, dim=-1, descending=True, stable=True)
+    if config.selection == "topk":
+        ranks = torch.arange(ordered.shape[-1], dtype=torch.float64, device=ordered.device)
+        place = (ranks / ordered.shape[-1]).expand_as(ordered)
+    else:
+        mass_up_to = (ordered / ordered.sum(-1, keepdim=True)).cumsum(-1)
+        place = torch.nn.functional.pad(mass_up_to[..., :-1], (1, 0))  # the mass of those before
+    edges = torch.tensor([high for _, high in config.ranges[:-1]], dtype=place.dtype, device=place.device)
+    codes = torch.tensor(config.level_codes, dtype=torch.uint8, device=place.device)
+    ranked = codes[torch.bucketize(place.contiguous(), edges, right=True)]
+    return torch.empty_like(ranked).scatter_(-1, blocks, ranked)
