@@ -1,0 +1,1 @@
+"""Plain facts about the model families."""
