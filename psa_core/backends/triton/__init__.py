@@ -1,0 +1,9 @@
+"""Triton kernels for NVIDIA GPUs from sm_80 on (and Triton's interpreter)."""
+
+from .attend import attend
+from .importance import importance
+from .pyramid import prepare
+from .select import count, select, select_given
+from .storage import workspace_bytes_per_head
+
+__all__ = ["attend", "count", "importance", "prepare", "select", "select_given", "workspace_bytes_per_head"]

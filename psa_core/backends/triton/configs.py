@@ -1,0 +1,41 @@
+"""Launch settings of the attention kernel, by GPU generation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class AttendConfig:
+    """Tile sizes and pipelining of the attention kernel.
+
+    Args:
+        block_m: Query rows of a program, a divisor of the query block.
+        block_n: Key rows of a tile.
+        num_warps: Warps of a program.
+        num_stages: Depth of software pipelining.
+        precision: Input precision of fp32 matrix products.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    precision: str = "tf32"
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability of a CUDA device as major * 10 + minor; 80 for the interpreter."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+def attend_config(sm: int, dtype: torch.dtype, head_dim: int, query_block: int) -> AttendConfig:
+    """Settings for a compute capability, dtype, head dim and query block."""
+    if dtype == torch.float32:
+        return AttendConfig(block_m=64, block_n=32, num_warps=8, num_stages=1, precision="ieee")
+    return AttendConfig(block_m=query_block, block_n=64, num_warps=4, num_stages=2)

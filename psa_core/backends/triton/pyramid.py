@@ -1,0 +1,213 @@
+"""One pass over keys and values: order, centre, pool and take variances; and one over queries for their squares."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...config import PSAConfig
+from ...ordering import BlockTable, TokenOrder
+from .storage import ROWS_PER_MEAN, Prepared, PyramidRows, empty, head_strides
+
+
+@triton.jit
+def _sum_rows_kernel(
+    x_ptr, partial_ptr, stride_b, stride_h, stride_n, stride_d, heads, tokens,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    chunk, z = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    x_ptr += (z // heads) * stride_b + (z % heads) * stride_h
+    offs_d = tl.arange(0, HEAD_DIM)
+    total = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
+    for start in range(0, ROWS, BLOCK):
+        rows = chunk * ROWS + start + tl.arange(0, BLOCK)
+        pointers = x_ptr + rows[:, None] * stride_n + offs_d[None, :] * stride_d
+        total += tl.load(pointers, mask=(rows < tokens)[:, None], other=0.0).to(tl.float32)
+    tl.store(partial_ptr + (z * tl.num_programs(0) + chunk) * HEAD_DIM + offs_d, tl.sum(total, axis=0))
+
+
+@triton.jit
+def _merge(left, left_count, right, right_count):
+    """Merge groups pairwise: means ``[R, D]``, their counts ``[R]``, and the squared deviations this adds ``[D]``."""
+    count = left_count + right_count
+    inverse = 1.0 / tl.maximum(count, 1.0)
+    apart = left - right
+    added = tl.sum(apart * apart * (left_count * right_count * inverse)[:, None], axis=0)
+    return left * (left_count * inverse)[:, None] + right * (right_count * inverse)[:, None], count, added
+
+
+@triton.jit
+def _load_every_eighth(
+    x_ptr, mean, tokens_ptr, rows_ptr, stride_n, stride_d, block,
+    PHASE: tl.constexpr, KEY_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Places PHASE, PHASE + 8, ... of a block, centred, also stored as level 1 ``[KEY_BLOCK / 8, D]``; and their fill."""
+    offs_d = tl.arange(0, HEAD_DIM)
+    place = block * KEY_BLOCK + tl.arange(0, KEY_BLOCK // 8) * 8 + PHASE
+    token = tl.load(tokens_ptr + place).to(tl.int64)
+    filled = token >= 0
+    x = tl.load(x_ptr + token[:, None] * stride_n + offs_d[None, :] * stride_d, mask=filled[:, None], other=0.0)
+    x = tl.where(filled[:, None], x.to(tl.float32) - mean[None, :], 0.0)
+    tl.store(rows_ptr + place[:, None] * HEAD_DIM + offs_d[None, :], x.to(rows_ptr.dtype.element_ty))
+    return x, filled.to(tl.float32)
+
+
+@triton.jit
+def _store_level(
+    rows_ptr, first_row, block, x, is_video,
+    PHASE: tl.constexpr, PHASES: tl.constexpr, KEY_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Store groups PHASE, PHASE + PHASES, ... of a block's pooled level."""
+    groups = tl.arange(0, KEY_BLOCK // 8) * PHASES + PHASE
+    rows = first_row + block * (KEY_BLOCK // 8 * PHASES) + groups
+    offsets = rows[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    if is_video:
+        tl.store(rows_ptr + offsets, x.to(rows_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _store_variance(variance_ptr, at, spread, tokens, HEAD_DIM: tl.constexpr, IS_KEY: tl.constexpr):
+    if IS_KEY:
+        tl.store(variance_ptr + at * HEAD_DIM + tl.arange(0, HEAD_DIM), spread / tokens)
+    else:
+        tl.store(variance_ptr + at, tl.sum(spread, axis=0) / tokens)
+
+
+@triton.jit
+def _pyramid_kernel(
+    x_ptr, mean_ptr, tokens_ptr, rows_ptr, variance_ptr, power_ptr,
+    stride_b, stride_h, stride_n, stride_d, heads, blocks, video_blocks,
+    pyramid_rows, first_row_2, first_row_4, first_row_8, first_row_whole,
+    KEY_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HAS_2: tl.constexpr, HAS_4: tl.constexpr, HAS_8: tl.constexpr, IS_KEY: tl.constexpr,
+):  # fmt: skip
+    # The block is held as eight tiles of every eighth place, so that neighbours merge without moving between threads.
+    block, z = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    is_video = block < video_blocks
+    offs_d = tl.arange(0, HEAD_DIM)
+    x_ptr += (z // heads) * stride_b + (z % heads) * stride_h
+    rows_ptr += z * pyramid_rows * HEAD_DIM
+    mean = tl.zeros([HEAD_DIM], tl.float32)
+    if IS_KEY:
+        mean = tl.load(mean_ptr + z * HEAD_DIM + offs_d)
+    x0, n0 = _load_every_eighth(x_ptr, mean, tokens_ptr, rows_ptr, stride_n, stride_d, block, 0, KEY_BLOCK, HEAD_DIM)
+    x1, n1 = _load_every_eighth(x_ptr, mean, tokens_ptr, rows_ptr, stride_n, stride_d, block, 1, KEY_BLOCK, HEAD_DIM)
+    x2, n2 = _load_every_eighth(x_ptr, mean, tokens_ptr, rows_ptr, stride_n, stride_d, block, 2, KEY_BLOCK, HEAD_DIM)
+    x3, n3 = _load_every_eighth(x_ptr, mean, tokens_ptr, rows_ptr, stride_n, stride_d, block, 3, KEY_BLOCK, HEAD_DIM)
+    x4, n4 = _load_every_eighth(x_ptr, mean, tokens_ptr, rows_ptr, stride_n, stride_d, block, 4, KEY_BLOCK, HEAD_DIM)
+    x5, n5 = _load_every_eighth(x_ptr, mean, tokens_ptr, rows_ptr, stride_n, stride_d, block, 5, KEY_BLOCK, HEAD_DIM)
+    x6, n6 = _load_every_eighth(x_ptr, mean, tokens_ptr, rows_ptr, stride_n, stride_d, block, 6, KEY_BLOCK, HEAD_DIM)
+    x7, n7 = _load_every_eighth(x_ptr, mean, tokens_ptr, rows_ptr, stride_n, stride_d, block, 7, KEY_BLOCK, HEAD_DIM)
+    tokens = tl.sum(n0 + n1 + n2 + n3 + n4 + n5 + n6 + n7, axis=0)
+    if not IS_KEY:
+        squares = x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3 + x4 * x4 + x5 * x5 + x6 * x6 + x7 * x7
+        tl.store(power_ptr + z * blocks + block, tl.sum(tl.sum(squares, axis=1), axis=0))
+
+    x0, n0, s0 = _merge(x0, n0, x1, n1)
+    x2, n2, s2 = _merge(x2, n2, x3, n3)
+    x4, n4, s4 = _merge(x4, n4, x5, n5)
+    x6, n6, s6 = _merge(x6, n6, x7, n7)
+    spread = s0 + s2 + s4 + s6
+    _store_variance(variance_ptr, (z * 4 + 0) * blocks + block, spread, tokens, HEAD_DIM, IS_KEY)
+    if HAS_2:
+        _store_level(rows_ptr, first_row_2, block, x0, is_video, 0, 4, KEY_BLOCK, HEAD_DIM)
+        _store_level(rows_ptr, first_row_2, block, x2, is_video, 1, 4, KEY_BLOCK, HEAD_DIM)
+        _store_level(rows_ptr, first_row_2, block, x4, is_video, 2, 4, KEY_BLOCK, HEAD_DIM)
+        _store_level(rows_ptr, first_row_2, block, x6, is_video, 3, 4, KEY_BLOCK, HEAD_DIM)
+
+    x0, n0, s0 = _merge(x0, n0, x2, n2)
+    x4, n4, s4 = _merge(x4, n4, x6, n6)
+    spread += s0 + s4
+    _store_variance(variance_ptr, (z * 4 + 1) * blocks + block, spread, tokens, HEAD_DIM, IS_KEY)
+    if HAS_4:
+        _store_level(rows_ptr, first_row_4, block, x0, is_video, 0, 2, KEY_BLOCK, HEAD_DIM)
+        _store_level(rows_ptr, first_row_4, block, x4, is_video, 1, 2, KEY_BLOCK, HEAD_DIM)
+
+    x0, n0, s0 = _merge(x0, n0, x4, n4)
+    spread += s0
+    _store_variance(variance_ptr, (z * 4 + 2) * blocks + block, spread, tokens, HEAD_DIM, IS_KEY)
+    if HAS_8:
+        _store_level(rows_ptr, first_row_8, block, x0, is_video, 0, 1, KEY_BLOCK, HEAD_DIM)
+
+    whole = tl.sum(x0 * n0[:, None], axis=0) / tokens
+    apart = x0 - whole[None, :]
+    spread += tl.sum(apart * apart * n0[:, None], axis=0)
+    _store_variance(variance_ptr, (z * 4 + 3) * blocks + block, spread, tokens, HEAD_DIM, IS_KEY)
+    tl.store(rows_ptr + (first_row_whole + block) * HEAD_DIM + offs_d, whole.to(rows_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _query_squares_kernel(
+    q_ptr, tokens_ptr, squares_ptr, stride_b, stride_h, stride_n, stride_d, heads,
+    QUERY_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    block, z = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    offs_d = tl.arange(0, HEAD_DIM)
+    token = tl.load(tokens_ptr + block * QUERY_BLOCK + tl.arange(0, QUERY_BLOCK)).to(tl.int64)
+    filled = token >= 0
+    q_ptr += (z // heads) * stride_b + (z % heads) * stride_h
+    q = tl.load(q_ptr + token[:, None] * stride_n + offs_d[None, :] * stride_d, mask=filled[:, None], other=0.0)
+    q = q.to(tl.float32)
+    squares = tl.sum(q * q, axis=0) / tl.sum(filled.to(tl.float32), axis=0)
+    tl.store(squares_ptr + (z * tl.num_programs(0) + block) * HEAD_DIM + offs_d, squares)
+
+
+def prepare(q: Tensor, k: Tensor, v: Tensor, order: TokenOrder, config: PSAConfig, scale: float) -> Prepared:
+    """Order, centre and pool ``[B, H, N, D]`` keys and values; queries stay where they are."""
+    layout = PyramidRows.of(order, config)
+    mean = _mean_key(k)
+    keys, key_variance, _ = _build_pyramid(k, mean, order.keys, layout, config)
+    values, value_variance, power = _build_pyramid(v, None, order.keys, layout, config)
+    return Prepared(
+        q=q,
+        order=order,
+        config=config,
+        scale=scale,
+        layout=layout,
+        keys=keys,
+        values=values,
+        key_variance=key_variance,
+        value_variance=value_variance,
+        value_power=power.sum(-1) / q.shape[2],
+        query_squares=_query_squares(q, order.queries),
+    )
+
+
+def _mean_key(k: Tensor) -> Tensor:
+    """Mean key of each head ``[Z, D]``, fp32."""
+    batch, heads, tokens, head_dim = k.shape
+    chunks = triton.cdiv(tokens, ROWS_PER_MEAN)
+    partial = empty(k, batch * heads, chunks, head_dim, dtype=torch.float32)
+    _sum_rows_kernel[(chunks, batch * heads)](
+        k, partial, *head_strides(k), heads, tokens, ROWS=ROWS_PER_MEAN, BLOCK=64, HEAD_DIM=head_dim
+    )
+    return partial.sum(1) / tokens
+
+
+def _build_pyramid(
+    x: Tensor, mean: Tensor | None, table: BlockTable, layout: PyramidRows, config: PSAConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of every level, their variances, and of values (no mean given) the sum of squares of every block."""
+    batch, heads, _, head_dim = x.shape
+    z, is_key = batch * heads, mean is not None
+    rows = empty(x, z, layout.rows, head_dim, dtype=x.dtype)
+    variance = empty(x, z, 4, table.blocks, *([head_dim] if is_key else []), dtype=torch.float32)
+    power = empty(x, z, table.blocks, dtype=torch.float32)
+    _pyramid_kernel[(table.blocks, z)](
+        x, mean, table.tokens, rows, variance, power,
+        *head_strides(x), heads, table.blocks, table.video_blocks, layout.rows, *layout.first[1:],
+        KEY_BLOCK=table.size, HEAD_DIM=head_dim,
+        HAS_2=2 in config.levels, HAS_4=4 in config.levels, HAS_8=8 in config.levels, IS_KEY=is_key,
+    )  # fmt: skip
+    return rows, variance, power
+
+
+def _query_squares(q: Tensor, table: BlockTable) -> Tensor:
+    batch, heads, _, head_dim = q.shape
+    squares = empty(q, batch * heads, table.blocks, head_dim, dtype=torch.float32)
+    _query_squares_kernel[(table.blocks, batch * heads)](
+        q, table.tokens, squares, *head_strides(q), heads, QUERY_BLOCK=table.size, HEAD_DIM=head_dim
+    )
+    return squares

@@ -1,0 +1,169 @@
+"""From importance to levels, and from levels to compact lists of key blocks."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...importance import LEVEL_BIAS_CLAMP
+from ...levels import select_by_rank
+from .storage import COUNTS, SLOTS, Prepared, Selection, empty, statistics_precision
+
+
+@triton.jit
+def _level_kernel(
+    importance_ptr, squares_ptr, key_variance_ptr, value_variance_ptr, power_ptr, codes_ptr, bias_ptr,
+    scale_squared, weight, bias_clamp, query_blocks, video_rows, key_blocks, video_keys, last_count,
+    KEY_BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HAS_2: tl.constexpr, HAS_4: tl.constexpr, HAS_8: tl.constexpr, HAS_WHOLE: tl.constexpr,
+    CHOOSE: tl.constexpr, VARIANCE_TERM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Choose the level of every video pair (or take it from the codes) and note its second-order logit term."""
+    z = tl.program_id(1).to(tl.int64)
+    offs_d = tl.arange(0, HEAD_DIM)
+    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    i_in = i < video_rows
+    squares = tl.load(
+        squares_ptr + (z * query_blocks + i)[:, None] * HEAD_DIM + offs_d[None, :], mask=i_in[:, None], other=0.0
+    )
+    power = tl.load(power_ptr + z)
+    for start in range(0, video_keys, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        j_in = j < video_keys
+        both = i_in[:, None] & j_in[None, :]
+        pair = (z * query_blocks + i)[:, None] * video_keys + j[None, :]
+        bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if CHOOSE:
+            mass_at = (z * query_blocks + i)[:, None] * key_blocks + j[None, :]
+            mass = tl.load(importance_ptr + mass_at, mask=both, other=0.0)
+            tokens = tl.where(j == video_keys - 1, last_count, KEY_BLOCK)
+            best = tl.full([BLOCK_M, BLOCK_N], weight, tl.float32)
+            code = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+        else:
+            code = tl.load(codes_ptr + pair, mask=both, other=0).to(tl.int32)
+        for slot in tl.static_range(4):
+            log_group = LOG_BLOCK if slot == 3 else slot + 1
+            if (HAS_2 and slot == 0) or (HAS_4 and slot == 1) or (HAS_8 and slot == 2) or (HAS_WHOLE and slot == 3):
+                block = (z * 4 + slot) * key_blocks + j
+                variance = tl.load(
+                    key_variance_ptr + block[None, :] * HEAD_DIM + offs_d[:, None], mask=j_in[None, :], other=0.0
+                )
+                logit_variance = tl.dot(squares, variance, input_precision=PRECISION) * scale_squared
+                if CHOOSE:
+                    lost = tl.load(value_variance_ptr + block, mask=j_in, other=0.0) / power
+                    error = mass * mass * logit_variance * lost[None, :]
+                    groups = (tokens + ((1 << log_group) - 1)) >> log_group
+                    score = error + (weight * groups.to(tl.float32) / tokens.to(tl.float32))[None, :]
+                    here = (score < best) & (error < float("inf"))
+                    best = tl.where(here, score, best)
+                    code = tl.where(here, log_group, code)
+                else:
+                    here = code == log_group
+                if VARIANCE_TERM:
+                    bias = tl.where(here, tl.minimum(0.5 * logit_variance, bias_clamp), bias)
+        if CHOOSE:
+            tl.store(codes_ptr + pair, code.to(tl.uint8), mask=both)
+        tl.store(bias_ptr + pair, bias, mask=both)
+
+
+@triton.jit
+def _list_kernel(
+    codes_ptr, indices_ptr, counts_ptr, query_blocks, video_rows, video_keys, last_count,
+    KEY_BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, COUNTS: tl.constexpr,
+):  # fmt: skip
+    """List the key blocks of one query block, level after level. A query block of exact tokens takes all at level 1."""
+    row, z = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    pair = (z * query_blocks + row) * video_keys
+    counts_ptr += (z * query_blocks + row) * COUNTS
+    chosen_keys = tl.where(row < video_rows, video_keys, 0)
+    listed = tl.zeros([], tl.int32)
+    groups = tl.zeros([], tl.int32)
+    ragged = tl.zeros([], tl.int32)
+    for slot in tl.static_range(SLOTS):
+        log_group = LOG_BLOCK if slot == SLOTS - 1 else slot
+        first = listed
+        for start in range(0, video_keys, BLOCK):
+            j = start + tl.arange(0, BLOCK)
+            code = tl.load(codes_ptr + pair + j, mask=j < chosen_keys, other=0).to(tl.int32)
+            here = ((code == log_group) & (j < video_keys)).to(tl.int32)
+            tokens = tl.where(j == video_keys - 1, last_count, KEY_BLOCK)
+            groups += tl.sum(here * ((tokens + ((1 << log_group) - 1)) >> log_group), axis=0)
+            if slot == 0:
+                is_ragged = here * (tokens < KEY_BLOCK).to(tl.int32)
+                ragged += tl.sum(is_ragged, axis=0)
+                here -= is_ragged
+            tl.store(indices_ptr + pair + listed + tl.cumsum(here, axis=0) - 1, j, mask=here > 0)
+            listed += tl.sum(here, axis=0)
+        tl.store(counts_ptr + slot, listed - first)
+    tl.store(counts_ptr + SLOTS, ragged)
+    tl.store(counts_ptr + SLOTS + 1, groups)
+
+
+def select(prepared: Prepared, importance: Tensor) -> Selection:
+    """Choose levels and list the key blocks of every query block."""
+    if prepared.config.selection == "error":
+        codes = empty(importance, *_pair_shape(prepared), dtype=torch.uint8)
+        return _list_blocks(prepared, codes, _run_level_kernel(prepared, codes, importance))
+    rows, keys = prepared.order.queries.video_blocks, prepared.order.keys.video_blocks
+    return select_given(prepared, select_by_rank(importance[:, :, :rows, :keys], prepared.config))
+
+
+def select_given(prepared: Prepared, codes: Tensor) -> Selection:
+    """List the key blocks of levels that are known: codes ``[B, H, video query blocks, video key blocks]``, uint8."""
+    padded = torch.zeros(_pair_shape(prepared), dtype=torch.uint8, device=codes.device)
+    padded[:, : codes.shape[2]] = codes.flatten(0, 1)
+    return _list_blocks(prepared, padded, _run_level_kernel(prepared, padded, None))
+
+
+def count(prepared: Prepared, selection: Selection) -> tuple[Tensor, Tensor]:
+    """Density ``[B, H]``, fp32, and number of video pairs at each level of the config ``[B, H, levels]``, int64."""
+    rows, keys, config = prepared.order.queries, prepared.order.keys, prepared.config
+    tokens = prepared.order.layout.tokens
+    exact_tokens = tokens - (max(keys.video_blocks - 1, 0) * keys.size + keys.last_video_count) * (keys.video_blocks > 0)
+    groups = (selection.counts[..., SLOTS + 1] + exact_tokens).double()
+    density = (groups * rows.counts).sum(-1) / tokens**2
+
+    pairs = selection.counts[:, : rows.video_blocks].long().sum(1)
+    pairs[:, 0] += pairs[:, SLOTS]
+    skipped = rows.video_blocks * keys.video_blocks - pairs[:, :SLOTS].sum(-1)
+    slots = {1: 0, 2: 1, 4: 2, 8: 3, "block": 4}
+    columns = [skipped if level == "skip" else pairs[:, slots[level]] for level in config.levels]
+    shape = prepared.q.shape[:2]
+    return density.float().view(shape), torch.stack(columns, dim=-1).view(*shape, -1)
+
+
+def _pair_shape(prepared: Prepared) -> tuple[int, int, int]:
+    rows, keys = prepared.order.queries, prepared.order.keys
+    return prepared.keys.shape[0], rows.blocks, keys.video_blocks
+
+
+def _run_level_kernel(prepared: Prepared, codes: Tensor, importance: Tensor | None) -> Tensor:
+    """Fill codes if there is an importance to choose by, and return the bias of every pair at its level."""
+    config, rows, keys = prepared.config, prepared.order.queries, prepared.order.keys
+    bias = empty(codes, *codes.shape, dtype=torch.float32)
+    if rows.video_blocks == 0:
+        return bias
+    _level_kernel[(triton.cdiv(rows.video_blocks, 16), codes.shape[0])](
+        importance, prepared.query_squares, prepared.key_variance, prepared.value_variance, prepared.value_power,
+        codes, bias, prepared.scale**2, (config.error_weight or 0.0) / keys.video_blocks, LEVEL_BIAS_CLAMP,
+        rows.blocks, rows.video_blocks, keys.blocks, keys.video_blocks, keys.last_video_count,
+        KEY_BLOCK=keys.size, LOG_BLOCK=keys.size.bit_length() - 1, HEAD_DIM=prepared.q.shape[-1],
+        HAS_2=2 in config.levels, HAS_4=4 in config.levels, HAS_8=8 in config.levels,
+        HAS_WHOLE="block" in config.levels, CHOOSE=importance is not None, VARIANCE_TERM=config.variance_term,
+        BLOCK_M=16, BLOCK_N=32, PRECISION=statistics_precision(prepared.q.dtype), num_stages=1,
+    )  # fmt: skip
+    return bias
+
+
+def _list_blocks(prepared: Prepared, codes: Tensor, bias: Tensor) -> Selection:
+    rows, keys = prepared.order.queries, prepared.order.keys
+    indices = empty(codes, *codes.shape, dtype=torch.int32)
+    counts = empty(codes, codes.shape[0], rows.blocks, COUNTS, dtype=torch.int32)
+    _list_kernel[(rows.blocks, codes.shape[0])](
+        codes, indices, counts, rows.blocks, rows.video_blocks, keys.video_blocks, keys.last_video_count,
+        KEY_BLOCK=keys.size, LOG_BLOCK=keys.size.bit_length() - 1, BLOCK=256, SLOTS=SLOTS, COUNTS=COUNTS,
+    )  # fmt: skip
+    return Selection(indices, counts, bias)

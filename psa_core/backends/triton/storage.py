@@ -1,0 +1,117 @@
+"""How the Triton backend lays its data out, and how much memory that takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...config import PSAConfig
+from ...ordering import TokenOrder
+
+SLOTS = 5  # levels 1, 2, 4, 8 and whole block, in this order, whether in use or not
+COUNTS = 8  # integers kept per query block: pairs at each slot, then whether the ragged video block is exact
+ROWS_PER_MEAN = 512
+
+
+@dataclass(frozen=True)
+class PyramidRows:
+    """Where each level's rows begin in a head's pyramid ``[rows, D]``.
+
+    Level 1 comes first with a row for every place of every key block. The pooled levels in use follow with the groups
+    of the video blocks, last the mean of every key block, exact ones included.
+
+    Args:
+        first: First row of levels 1, 2, 4, 8 and whole block; an unused level's is 0.
+        rows: Rows in all.
+    """
+
+    first: tuple[int, int, int, int, int]
+    rows: int
+
+    @staticmethod
+    def of(order: TokenOrder, config: PSAConfig) -> PyramidRows:
+        """Lay out the levels that the config uses."""
+        keys = order.keys
+        next_row = keys.blocks * keys.size
+        first = [0]
+        for size in (2, 4, 8):
+            used = size in config.levels
+            first.append(next_row if used else 0)
+            next_row += keys.video_blocks * (keys.size // size) if used else 0
+        return PyramidRows((first[0], first[1], first[2], first[3], next_row), next_row + keys.blocks)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the kernels share about one chunk of heads; ``Z`` is batch times heads.
+
+    Args:
+        q: Queries as they came ``[B, H, N, D]``.
+        order: Index tables.
+        config: The call's settings.
+        scale: Softmax scale.
+        layout: Where each level's rows begin.
+        keys: Pyramid of centred keys ``[Z, rows, D]``, q's dtype.
+        values: Pyramid of values ``[Z, rows, D]``, q's dtype.
+        key_variance: Within-group variance at levels 2, 4, 8, whole ``[Z, 4, key blocks, D]``, fp32.
+        value_variance: The same of the values, summed over D ``[Z, 4, key blocks]``, fp32.
+        value_power: Mean of ``|v|^2`` of each head ``[Z]``, fp32.
+        query_squares: Mean of q squared over a block's rows ``[Z, query blocks, D]``, fp32.
+    """
+
+    q: Tensor
+    order: TokenOrder
+    config: PSAConfig
+    scale: float
+    layout: PyramidRows
+    keys: Tensor
+    values: Tensor
+    key_variance: Tensor
+    value_variance: Tensor
+    value_power: Tensor
+    query_squares: Tensor
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which video key blocks each query block attends to, and at which level.
+
+    Args:
+        indices: Video key blocks of every query block, those of one level together, from fine to coarse, ascending
+            within a level ``[Z, query blocks, video blocks]``, int32. A ragged last block at level 1 is not listed.
+        counts: Blocks listed at each slot, and 1 if the ragged last block is at level 1
+            ``[Z, query blocks, COUNTS]``, int32.
+        bias: Second-order logit term of every pair at its level ``[Z, query blocks, video blocks]``, fp32.
+    """
+
+    indices: Tensor
+    counts: Tensor
+    bias: Tensor
+
+
+def workspace_bytes_per_head(q: Tensor, order: TokenOrder, config: PSAConfig) -> int:
+    """Temporary memory of one head of one batch item, in bytes."""
+    head_dim, keys, queries = q.shape[-1], order.keys, order.queries
+    pyramid = 2 * PyramidRows.of(order, config).rows * head_dim * q.element_size()
+    statistics = 4 * (4 * keys.blocks * (head_dim + 1) + queries.blocks * head_dim)
+    sums = 4 * head_dim * -(-q.shape[2] // ROWS_PER_MEAN)
+    pairs = queries.blocks * keys.blocks * (4 + 4 + 4 + 1) + 4 * COUNTS * queries.blocks
+    return pyramid + statistics + sums + pairs
+
+
+def head_strides(x: Tensor) -> tuple[int, int, int, int]:
+    """Strides of ``[B, H, N, D]`` in elements."""
+    b, h, n, d = x.stride()
+    return b, h, n, d
+
+
+def empty(x: Tensor, *shape: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory on x's device."""
+    return torch.empty(shape, dtype=dtype, device=x.device)
+
+
+def statistics_precision(dtype: torch.dtype) -> str:
+    """Input precision of products of variances: all terms are positive, so tf32 keeps three digits of the sum."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"

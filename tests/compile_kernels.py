@@ -1,0 +1,105 @@
+"""Compile every kernel launch of a call for a GPU that need not be here, and report what it takes.
+
+Run as a program: ``python tests/compile_kernels.py 80 86 90`` prints one JSON object per kernel and target.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import psa_core.backends.triton as backend
+from psa_core import PSAConfig, TokenLayout, plan_order
+from psa_core.backends.triton import configs
+
+SHARED_MEMORY_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+POINTER_TYPES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.uint8: "*u8",
+}  # fmt: skip
+LAUNCH_OPTIONS = ("num_warps", "num_stages")
+
+
+def record_launches(head_dim: int, dtype: torch.dtype, config: PSAConfig, sm: int) -> list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]]:
+    """Kernel, arguments and keywords of every launch of one call, none of which runs."""
+    launches: list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]] = []
+
+    def note(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append((kernel, args, kwargs))
+
+    original, capability = JITFunction.run, configs.capability
+    JITFunction.run = note
+    backend.attend.__globals__["capability"] = lambda device: sm
+    try:
+        layout = TokenLayout((4, 16, 24), video_start=16)
+        order = plan_order(layout, config, "cpu")
+        q = torch.zeros(1, layout.tokens, 2, head_dim, dtype=dtype).transpose(1, 2)
+        prepared = backend.prepare(q, q, q, order, config, head_dim**-0.5)
+        selection = backend.select(prepared, backend.importance(prepared))
+        backend.attend(prepared, selection, torch.empty_like(q))
+    finally:
+        JITFunction.run = original
+        backend.attend.__globals__["capability"] = capability
+    return launches
+
+
+def compile_launch(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any], sm: int) -> dict[str, Any]:
+    """Registers, spilled bytes and shared memory of one launch compiled for ``sm``."""
+    options = {name: kwargs[name] for name in LAUNCH_OPTIONS if name in kwargs}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k not in options}
+    signature: dict[str, str] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for position, name in enumerate(kernel.arg_names):
+        value = values[name]
+        if kernel.params[position].is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[(position,)] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTER_TYPES[value.dtype]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+        if not isinstance(value, float) and (isinstance(value, torch.Tensor) or value % 16 == 0):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    return {"kernel": kernel.__name__, "sm": sm, "shared": compiled.metadata.shared} | _resources(compiled.asm["cubin"])
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    text = report.stdout + report.stderr
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"]}
+
+
+def all_cases(sm: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every kernel for head dims, dtypes and both kinds of selection on one GPU generation."""
+    for head_dim in (64, 128):
+        for dtype in (torch.bfloat16, torch.float32):
+            config = PSAConfig(error_weight=0.01)
+            for kernel, args, kwargs in record_launches(head_dim, dtype, config, sm):
+                yield f"{dtype} D{head_dim}", compile_launch(kernel, args, kwargs, sm)
+
+
+if __name__ == "__main__":
+    for target in map(int, sys.argv[1:]):  # one after the other: a compilation takes about a second
+        for case, result in all_cases(target):
+            print(json.dumps({"case": case} | result), flush=True)
