@@ -104,7 +104,7 @@ def parse_presets(text: str, file: str) -> dict[str, Preset]:
         PresetError: the text holds something else than presets.
     """
     try:
-        document = yaml.load(text, Loader=_PresetLoader)  # noqa: S506 (a SafeLoader, made stricter)
+        document = yaml.load(text, Loader=_PresetLoader)  # a SafeLoader, made stricter
     except yaml.MarkedYAMLError as error:
         place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise PresetError(f"{file}: {place}{error.problem or error.context}") from error
@@ -220,7 +220,7 @@ class _PresetLoader(yaml.SafeLoader):
     """SafeLoader without anchors, aliases and repeated keys, which a preset never needs and only errors use."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         if getattr(event, "anchor", None) is not None:
             raise yaml.composer.ComposerError(
                 None, None, "anchors (&) and aliases (*) are not allowed", event.start_mark

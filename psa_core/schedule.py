@@ -35,7 +35,7 @@ class BlockList:
             match = _BLOCK_RANGE.fullmatch(part)
             if match is None:
                 raise ValueError(
-                    f"dense_blocks: {part!r} in {text!r} is neither a block (0, or -1 for the last) nor a range (38-39); "
+                    f"dense_blocks: {part!r} in {text!r} is neither a block (0; -1 is the last) nor a range (38-39); "
                     "separate them with commas"
                 )
             first = int(match[1])

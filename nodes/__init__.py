@@ -1,0 +1,15 @@
+"""The nodes: all that knows ComfyUI, nothing that knows Triton."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .attention_patch import PSAAttentionPatch
+from .preset_loader import PSAPresetLoader
+
+
+class PSAExtension(ComfyExtension):
+    """The pack, as ComfyUI asks for it."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [PSAAttentionPatch, PSAPresetLoader]

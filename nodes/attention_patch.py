@@ -1,0 +1,306 @@
+"""PSA Attention Patch: sparse self-attention for a video model."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from comfy.model_management import InterruptProcessingException
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from comfy_api.latest import io
+
+from ..psa_core import PSAConfig
+from ..psa_core.backends import BACKENDS
+from ..psa_core.presets import Preset
+from ..psa_core.schedule import BlockList, Schedule
+from .override import OVERRIDE_KEY, AttentionOverride, name_arguments, replaced
+from .preset_loader import PresetSocket, load_preset
+from .session import PatchSettings, RunRecord, Session
+from .video_models import UnsupportedModel, identify, read_sequence
+
+PRESET_NAMES = ("balanced", "quality", "fast")
+OFF = "off"
+KEEP = -1
+"""Value of a numeric input that leaves the preset's own in place."""
+
+_KEY = "psa_attention"
+
+T = TypeVar("T")
+
+
+class AttentionPatch:
+    """What the node leaves on a model: the functions that ComfyUI calls around a sampling run and a model call.
+
+    Nothing of a run is kept here but ``last_run``, the record of the latest one: the run's session travels in the
+    run's own options, so that runs of one model, nested ones included, never see each other's.
+    """
+
+    def __init__(self, settings: PatchSettings, report: Callable[[str], None]) -> None:
+        self.settings = settings
+        self.last_run: RunRecord | None = None
+        self._report = report
+
+    def attach(self, model: ModelPatcher) -> None:
+        """Install on a model, in place of an earlier patch."""
+        detach(model)
+        model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _KEY, self.around_run)
+        model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, _KEY, self.around_model_call)
+
+    def around_run(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
+        """Open a session for a sampling run and close it, however the run ends."""
+        guider = executor.class_obj
+        options = guider.model_options.setdefault("transformer_options", {})
+        model_sampling = guider.model_patcher.get_model_object("model_sampling")
+        session = Session(self.settings, model_sampling.percent_to_sigma, self._report)
+        outcome = "failed"
+        try:
+            with replaced(options, {_KEY: session}):
+                result = executor(*args, **kwargs)
+            outcome = "finished"
+            return result
+        except InterruptProcessingException:
+            outcome = "interrupted"
+            raise
+        finally:
+            self.last_run = session.finish(outcome)
+
+    # Compiled, its gates would be frozen; the model inside still compiles.
+    @torch.compiler.disable(recursive=False)
+    def around_model_call(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
+        """Install the attention override for one call of the diffusion model."""
+        arguments = name_arguments(executor.original, args, kwargs)
+        options = arguments.get("transformer_options") or {}
+        session: Session | None = options.get(_KEY)
+        if session is None:  # not called by a sampler
+            return executor(*args, **kwargs)
+        try:
+            sequence = read_sequence(executor.class_obj, arguments)
+        except UnsupportedModel as error:
+            session.refuse_model(str(error))
+            return executor(*args, **kwargs)
+        session.begin_model_call(float(options["sigmas"].flatten()[0]), sequence.layout)
+        override = AttentionOverride(session, sequence, options.get(OVERRIDE_KEY))
+        blocks = len(executor.class_obj.blocks) if session.settings.dense_blocks else 0
+        with replaced(options, override.entries(options, track_blocks=blocks)):
+            return executor(*args, **kwargs)
+
+
+def detach(model: ModelPatcher) -> None:
+    """Take an earlier patch off a model."""
+    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.DIFFUSION_MODEL):
+        model.remove_wrappers_with_key(kind, _KEY)
+
+
+class PSAAttentionPatch(io.ComfyNode):
+    """Patches a model so that its video self-attention runs sparse."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PSAAttentionPatch",
+            display_name="PSA Attention Patch",
+            category="model/patch",
+            description=(
+                "Renders Wan 2.1 and 2.2 videos faster: self-attention over the video spends full resolution only "
+                "where it matters (Pyramid Sparse Attention). Put it between the model loader and the sampler. "
+                "Models and calls that it does not know run as they would without it, and the node says why."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="The video model to speed up. The node changes a copy of it."),
+                io.Combo.Input(
+                    "preset",
+                    options=[*PRESET_NAMES, OFF],
+                    default="balanced",
+                    tooltip=(
+                        "How much to save. balanced: start here. quality: closer to the picture without the node, "
+                        "less speed. fast: for drafts. off: change nothing. The numbers behind the names are chosen "
+                        "for the model that you connect."
+                    ),
+                ),
+                PresetSocket.Input(
+                    "custom_preset",
+                    optional=True,
+                    tooltip="A preset from PSA Preset Loader, used instead of balanced, quality or fast.",
+                ),
+                *_advanced_inputs(),
+            ],
+            outputs=[io.Model.Output(tooltip="A copy of the model, patched. Connect it to the sampler.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        preset: str,
+        custom_preset: Preset | None = None,
+        error_weight: float = KEEP,
+        start_percent: float = KEEP,
+        end_percent: float = KEEP,
+        dense_blocks: str = "",
+        min_tokens: int = KEEP,
+        backend: str = "auto",
+        verbose: bool = False,
+    ) -> io.NodeOutput:
+        patched = model.clone()
+        report = _status_line(cls.hidden.unique_id if cls.hidden else None)
+        if preset == OFF:
+            detach(patched)
+            report("off: attention is left as it is")
+            return io.NodeOutput(patched)
+        try:
+            facts = identify(model.get_model_object("diffusion_model"))
+        except UnsupportedModel as error:
+            facts, note = None, str(error)
+        else:
+            note = facts.note
+        if custom_preset is not None:
+            chosen, note = custom_preset, ""
+        elif facts is not None:
+            chosen = load_preset(f"{facts.preset_family}/{preset}")
+        else:
+            # Nothing of it will be used, but a run still says why.
+            chosen = Preset(preset, "no family", "", "", PSAConfig(error_weight=0.0), Schedule())
+        chosen = dataclasses.replace(
+            chosen,
+            config=_with_error_weight(chosen, error_weight),
+            schedule=_with_schedule(chosen.schedule, start_percent, end_percent, dense_blocks, min_tokens),
+        )
+        settings = PatchSettings(
+            title=f"{chosen.family} {chosen.name}",
+            note=note,
+            preset=chosen,
+            dense_blocks=chosen.schedule.dense_blocks.resolve(facts.blocks) if facts else frozenset(),
+            backend=_checked_backend(backend),
+            verbose=verbose,
+        )
+        report("\n".join(filter(None, (f"PSA {settings.title}", note))))
+        AttentionPatch(settings, report).attach(patched)
+        return io.NodeOutput(patched)
+
+
+def _advanced_inputs() -> list[io.WidgetInput]:
+    widgets = [
+        io.Float.Input(
+            "error_weight",
+            default=KEEP,
+            min=KEEP,
+            max=1e6,
+            step=0.0001,
+            round=0.000001,
+            optional=True,
+            tooltip=(
+                "How much error a saving may cost. Larger is faster and further from the picture without the node; "
+                "0 keeps attention exact; -1 takes the preset's value. Only for presets that select by error, "
+                "as the bundled ones do."
+            ),
+        ),
+        io.Float.Input(
+            "start_percent",
+            default=KEEP,
+            min=KEEP,
+            max=1.0,
+            step=0.01,
+            optional=True,
+            tooltip=(
+                "Attention turns sparse after this share of the sampling, 0 to 1. The first steps decide the "
+                "composition; keeping them dense stays closer to the picture without the node. -1 takes the preset's."
+            ),
+        ),
+        io.Float.Input(
+            "end_percent",
+            default=KEEP,
+            min=KEEP,
+            max=1.0,
+            step=0.01,
+            optional=True,
+            tooltip="Attention is dense again after this share of the sampling, 0 to 1. -1 takes the preset's.",
+        ),
+        io.String.Input(
+            "dense_blocks",
+            default="",
+            optional=True,
+            tooltip=(
+                "Transformer blocks that stay dense, counted from 0: 0, 1, 38-39, -1. Negative numbers count from the "
+                "end, so -1 is the last block. Empty takes the preset's."
+            ),
+        ),
+        io.Int.Input(
+            "min_tokens",
+            default=KEEP,
+            min=KEEP,
+            max=2**31 - 1,
+            optional=True,
+            tooltip=(
+                "Videos with fewer tokens than this stay dense, because sparse attention would not be faster. A Wan "
+                "token is 16 x 16 pixels of 4 frames (32 x 32 with the Wan 2.2 5B model). -1 takes the preset's."
+            ),
+        ),
+        io.Combo.Input(
+            "backend",
+            options=list(BACKENDS),
+            default="auto",
+            optional=True,
+            tooltip=(
+                "What computes it. auto: Triton kernels on an NVIDIA GPU, the reference on a CPU. triton: only the "
+                "kernels. reference: plain torch, slow, to compare with. Where the choice cannot run, attention stays "
+                "dense and the node says why."
+            ),
+        ),
+        io.Boolean.Input(
+            "verbose", default=False, optional=True, tooltip="Log every sampling step instead of one line per run."
+        ),
+    ]
+    for widget in widgets:
+        # ComfyUI 0.3.x has no `advanced` argument, but passes this on all the same.
+        widget.extra_dict["advanced"] = True
+    return widgets
+
+
+def _with_error_weight(preset: Preset, error_weight: float) -> PSAConfig:
+    if error_weight == KEEP:
+        return preset.config
+    if preset.config.selection != "error":
+        raise ValueError(
+            f"error_weight: {error_weight:g} has no meaning for preset {preset.family} {preset.name}, which selects by "
+            f"{preset.config.selection}; only -1 is allowed"
+        )
+    return _checked(lambda: dataclasses.replace(preset.config, error_weight=error_weight))
+
+
+def _with_schedule(
+    schedule: Schedule, start_percent: float, end_percent: float, dense_blocks: str, min_tokens: int
+) -> Schedule:
+    values: dict[str, Any] = {"start_percent": start_percent, "end_percent": end_percent, "min_tokens": min_tokens}
+    changes = {name: value for name, value in values.items() if value != KEEP}
+    if dense_blocks.strip():
+        changes["dense_blocks"] = BlockList.parse(dense_blocks)
+    return _checked(lambda: dataclasses.replace(schedule, **changes))
+
+
+def _checked(change: Callable[[], T]) -> T:
+    try:
+        return change()
+    except ValueError as error:
+        raise ValueError(f"{error}; {KEEP} takes the preset's value") from None
+
+
+def _checked_backend(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend: {name!r} is not one of {', '.join(BACKENDS)}")
+    return name
+
+
+def _status_line(node_id: str | None) -> Callable[[str], None]:
+    """What shows a text on the node; nobody sees it where ComfyUI runs without its server."""
+
+    def report(text: str) -> None:
+        server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+        if server is not None and node_id is not None:
+            server.send_progress_text(text, node_id)
+
+    return report

@@ -1,0 +1,206 @@
+"""How ComfyUI calls attention: layouts, keyword arguments, containers, and the overrides of other nodes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..psa_core.attention import HEAD_DIMS
+from .session import Session
+from .video_models import VideoSequence
+
+OVERRIDE_KEY = "optimized_attention_override"
+
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One attention call, as ComfyUI's models make it.
+
+    Args:
+        q: Queries ``[B, N, H * D]``, or ``[B, H, N, D]`` with ``skip_reshape``; k and v likewise.
+        heads: Number of heads.
+        skip_output_reshape: The output is wanted as ``[B, H, N, D]`` instead of ``[B, N, H * D]``.
+        scale: Softmax scale; None for ``D ** -0.5``.
+        others: Arguments that PSA does not know.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    heads: int
+    mask: Tensor | None
+    attn_precision: torch.dtype | None
+    skip_reshape: bool
+    skip_output_reshape: bool
+    scale: float | None
+    options: Options
+    others: tuple[str, ...]
+
+    @classmethod
+    def read(
+        cls,
+        q: Any,
+        k: Any,
+        v: Any,
+        heads: int,
+        mask: Tensor | None = None,
+        attn_precision: torch.dtype | None = None,
+        skip_reshape: bool = False,
+        skip_output_reshape: bool = False,
+        *,
+        scale: float | None = None,
+        transformer_options: Options | None = None,
+        low_precision_attention: bool = True,  # asks for no int8; PSA computes in q's own precision
+        enable_gqa: bool = False,  # fewer k than q heads, which equal shapes rule out
+        _inside_attn_wrapper: bool = True,
+        **others: Any,
+    ) -> AttentionCall | None:
+        """Sort the arguments of a call; None when they are not plain tensors."""
+        if not all(isinstance(tensor, Tensor) and tensor.dim() == (4 if skip_reshape else 3) for tensor in (q, k, v)):
+            return None
+        return cls(
+            q=q,
+            k=k,
+            v=v,
+            heads=heads,
+            mask=mask,
+            attn_precision=attn_precision,
+            skip_reshape=skip_reshape,
+            skip_output_reshape=skip_output_reshape,
+            scale=scale,
+            options={} if transformer_options is None else transformer_options,
+            others=tuple(name for name, value in others.items() if value is not None),
+        )
+
+    def heads_first(self, tensor: Tensor) -> Tensor:
+        """View q, k or v as ``[B, H, N, D]``."""
+        return tensor if self.skip_reshape else tensor.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def output(self, out: Tensor) -> Tensor:
+        """Bring an output ``[B, H, N, D]`` into the layout that the caller expects."""
+        return out if self.skip_output_reshape else out.transpose(1, 2).flatten(2)
+
+    def unsupported_reason(self) -> str | None:
+        """Why PSA cannot compute this call, or None if it can."""
+        if self.mask is not None:
+            return "the call has a mask"
+        if self.attn_precision not in (None, self.q.dtype):
+            return f"the call asks for attention in {self.attn_precision}"
+        if self.others:
+            return f"the call has arguments that PSA does not know ({', '.join(self.others)})"
+        head_dim = self.heads_first(self.q).shape[-1]
+        if head_dim not in HEAD_DIMS:
+            return f"head dim {head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
+        return None
+
+
+class AttentionOverride:
+    """Answers the attention calls of one call of a video model: its own self-attention, and everything else unseen.
+
+    Args:
+        session: The sampling run that decides.
+        sequence: The model's tokens in this call.
+        previous: Override of another node; it gets every call that does not go sparse.
+    """
+
+    def __init__(self, session: Session, sequence: VideoSequence, previous: Callable[..., Tensor] | None) -> None:
+        self._session = session
+        self._sequence = sequence
+        self._previous = previous
+        self._block: int | None = None
+        # Calls with single-owner tensor containers are only for overrides that say they take them.
+        if hasattr(previous, "container_function"):
+            self.container_function = previous.container_function
+
+    # A gate that torch.compile traced would be frozen at its first answer.
+    @torch.compiler.disable
+    def __call__(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        call = AttentionCall.read(*args, **kwargs)
+        if call is None or not self._spans_the_video(call):
+            self._session.count_other()
+        elif reason := self._dense_reason(call):
+            self._session.count_dense(reason)
+        else:
+            q, k, v = map(call.heads_first, (call.q, call.k, call.v))
+            out = self._session.attend(q, k, v, self._sequence.layout, call.scale)
+            if out is not None:
+                return call.output(out)
+        if self._previous is None:
+            return func(*args, **kwargs)
+        return self._previous(func, *args, **kwargs)
+
+    def _spans_the_video(self, call: AttentionCall) -> bool:
+        same = call.q.shape == call.k.shape == call.v.shape
+        return same and call.q.shape[2 if call.skip_reshape else 1] == self._sequence.layout.tokens
+
+    def _dense_reason(self, call: AttentionCall) -> str | None:
+        if self._sequence.layout.tokens in self._sequence.context_lengths:
+            return (
+                "text or image context as long as the video, so that self-attention cannot be told from cross attention"
+            )
+        block = call.options.get("block_index", self._block)
+        return self._session.dense_reason(self._sequence.layout, block) or call.unsupported_reason()
+
+    def entries(self, options: Options, track_blocks: int) -> Options:
+        """What to replace in the options of a model call, so that its attention comes here.
+
+        Args:
+            options: The call's ``transformer_options``.
+            track_blocks: Number of transformer blocks whose identity the session needs; 0 for none.
+        """
+        entries: Options = {OVERRIDE_KEY: self}
+        if track_blocks:
+            # ComfyUI 0.3.x does not tell attention which block it is in.
+            replacements = options.get("patches_replace", {})
+            blocks = dict(replacements.get("dit", {}))
+            for index in range(track_blocks):
+                key = ("double_block", index)
+                blocks[key] = self._tracked_block(index, blocks.get(key))
+            entries["patches_replace"] = {**replacements, "dit": blocks}
+        return entries
+
+    def _tracked_block(self, index: int, previous: Callable[..., Any] | None) -> Callable[..., Any]:
+        @torch.compiler.disable(recursive=False)
+        def run_block(arguments: dict[str, Any], extra: dict[str, Any]) -> Any:
+            self._block = index
+            try:
+                return extra["original_block"](arguments) if previous is None else previous(arguments, extra)
+            finally:
+                self._block = None
+
+        return run_block
+
+
+@contextmanager
+def replaced(options: Options, entries: Options) -> Iterator[None]:
+    """Put entries into a dictionary, and restore afterwards what was there."""
+    before = {key: options[key] for key in entries if key in options}
+    options.update(entries)
+    try:
+        yield
+    finally:
+        for key in entries:
+            options.pop(key, None)
+        options.update(before)
+
+
+def name_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by their names, those that ``**kwargs`` collects included.
+
+    Raises:
+        TypeError: the function does not take these arguments.
+    """
+    signature = inspect.signature(function)
+    named = signature.bind(*args, **kwargs).arguments
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named.update(named.pop(parameter.name, {}))
+    return named

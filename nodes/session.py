@@ -1,0 +1,322 @@
+"""What one sampling run knows and decides; its tensors die with it, a record of plain numbers remains."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from comfy.model_management import InterruptProcessingException
+from torch import Tensor
+
+from ..psa_core import TokenLayout, TokenOrder, backends, plan_order, psa_attention
+from ..psa_core.presets import Preset
+from ..psa_core.self_check import SelfCheckFailed, self_check
+
+try:
+    from comfy.model_prefetch import pause_malloc_graph
+except ImportError:  # a ComfyUI that does not record allocations
+    from contextlib import nullcontext as pause_malloc_graph
+
+# A scheduler's sigma may lie a rounding error above the one that percent_to_sigma gives for the same step.
+_SIGMA_TOLERANCE = 1e-6
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PatchSettings:
+    """What the patch node was asked for.
+
+    Args:
+        title: The preset, for messages.
+        note: What the user should know about the choice of preset; empty if nothing.
+        preset: The preset, with the node's own values in place.
+        dense_blocks: Indices of the transformer blocks that stay dense.
+        backend: ``auto``, ``triton`` or ``reference``.
+        verbose: Log every step.
+    """
+
+    title: str
+    note: str
+    preset: Preset
+    dense_blocks: frozenset[int]
+    backend: str
+    verbose: bool
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A finished sampling run in plain numbers.
+
+    Args:
+        title: The preset.
+        outcome: ``finished``, ``interrupted`` or ``failed``.
+        seconds: Duration of the run.
+        steps: Noise levels at which the model was called.
+        sparse_steps: Those with at least one sparse call.
+        sparse_calls: Attention calls that PSA computed.
+        dense_calls: Video self-attention calls that stayed dense, by reason.
+        other_calls: Attention calls of other kinds (cross attention), which PSA leaves alone.
+        density: Mean over the sparse calls of the share of dense work that was done; None without any.
+        tokens: Length of the longest video sequence.
+        backend: Backend of the sparse calls; empty without any.
+        unused_cause: Why no video self-attention came by; empty where some did.
+    """
+
+    title: str
+    outcome: str
+    seconds: float
+    steps: int
+    sparse_steps: int
+    sparse_calls: int
+    dense_calls: dict[str, int]
+    other_calls: int
+    density: float | None
+    tokens: int
+    backend: str
+    unused_cause: str
+
+    def __str__(self) -> str:
+        parts = []
+        if self.unused_cause:
+            parts.append(f"not used: {self.unused_cause}")
+        else:
+            density = "" if self.density is None else f" (mean density {self.density:.3f}, {self.backend})"
+            parts.append(f"{self.sparse_calls} sparse calls{density}")
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.dense_calls.items())
+            parts.append(f"{sum(self.dense_calls.values())} dense calls" + (f" ({reasons})" if reasons else ""))
+            parts.append(f"{self.sparse_steps} of {self.steps} steps sparse")
+            parts.append(f"{self.tokens} tokens")
+        parts.append(f"{self.outcome} after {self.seconds:.1f} s")
+        return "; ".join(parts)
+
+
+@dataclass
+class _Step:
+    """Counts of one noise level; density sums stay on their devices until the step is over."""
+
+    window_reason: str | None
+    sparse: int = 0
+    dense: Counter[str] = field(default_factory=Counter)
+    density: dict[torch.device, Tensor] = field(default_factory=dict)
+
+
+class Session:
+    """One sampling run of a patched model.
+
+    Args:
+        settings: What the patch node was asked for.
+        percent_to_sigma: The running model's own; a node after the patch may have changed it.
+        report: Shows a text to the user.
+    """
+
+    def __init__(
+        self, settings: PatchSettings, percent_to_sigma: Callable[[float], float], report: Callable[[str], None]
+    ) -> None:
+        schedule = settings.preset.schedule
+        self.settings = settings
+        self._sigma_start = float(percent_to_sigma(schedule.start_percent))
+        self._sigma_end = float(percent_to_sigma(schedule.end_percent))
+        self._report = report
+        self._began = time.perf_counter()
+        self._orders: dict[tuple[TokenLayout, torch.device], TokenOrder] = {}
+        self._backends: dict[tuple[torch.device, torch.dtype], str] = {}
+        self._failure: str | None = None
+        self._unsupported: str | None = None
+        self._sigma: float | None = None
+        self._step: _Step | None = None
+        self._steps = self._sparse_steps = self._sparse_calls = self._other_calls = self._tokens = 0
+        self._density_calls = 0
+        self._dense_calls: Counter[str] = Counter()
+        self._density_sum = 0.0
+
+    def begin_model_call(self, sigma: float, layout: TokenLayout) -> None:
+        """Note that the model is called at a noise level; another level than before begins a step."""
+        self._tokens = max(self._tokens, layout.tokens)
+        if self._step is None or sigma != self._sigma:
+            self._end_step()
+            self._sigma = sigma
+            self._step = _Step(self._window_reason(sigma))
+
+    def refuse_model(self, reason: str) -> None:
+        """Note that the model called is none that PSA knows."""
+        self._unsupported = reason
+
+    def count_other(self) -> None:
+        """Count an attention call that is not the video's self-attention."""
+        self._other_calls += 1
+
+    def count_dense(self, reason: str) -> None:
+        """Count a video self-attention call that stays dense."""
+        self._current_step.dense[reason] += 1
+
+    def dense_reason(self, layout: TokenLayout, block: int | None) -> str | None:
+        """Why a video self-attention call stays dense by the schedule, or None if it may be sparse.
+
+        Args:
+            layout: The call's tokens.
+            block: Index of the transformer block that it is in, if known.
+        """
+        if self._failure is not None:
+            return f"because PSA could not run ({self._failure})"
+        if (reason := self._current_step.window_reason) is not None:
+            return reason
+        least = self.settings.preset.schedule.min_tokens
+        if layout.tokens < least:
+            return f"shorter than min_tokens {least}"
+        if self.settings.dense_blocks and block is None:
+            return "in a block that ComfyUI does not name, while dense_blocks is set"
+        if block in self.settings.dense_blocks:
+            return "in dense_blocks"
+        return None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, scale: float | None) -> Tensor | None:
+        """Compute a call sparsely.
+
+        Args:
+            q: Queries ``[B, H, N, D]``; k and v likewise.
+
+        Returns:
+            The output in q's memory layout, or None after a failure, which turns the rest of the run dense.
+        """
+        try:
+            with pause_malloc_graph():
+                backend = self._usable_backend(q)
+                out, stats = psa_attention(
+                    q,
+                    k,
+                    v,
+                    layout=layout,
+                    config=self.settings.preset.config,
+                    scale=scale,
+                    backend=backend,
+                    order=self._order(layout, q.device),
+                    stats=True,
+                )
+                step = self._current_step
+                step.density[q.device] = step.density.get(q.device, 0) + stats.density.mean()
+        except InterruptProcessingException:
+            raise
+        except (backends.BackendUnavailable, SelfCheckFailed) as error:
+            self._fail(str(error))
+        except Exception as error:
+            # Whatever a kernel does, the video renders: dense attention takes over.
+            _log.debug("PSA: the failure in full", exc_info=True)
+            self._fail(f"{type(error).__name__}: {error}")
+        else:
+            step.sparse += 1
+            return out
+        self.count_dense(f"because PSA could not run ({self._failure})")
+        return None
+
+    def finish(self, outcome: str) -> RunRecord:
+        """End the run, let go of its tensors and say what it did.
+
+        Args:
+            outcome: ``finished``, ``interrupted`` or ``failed``.
+        """
+        # After a failure the device may answer nothing any more, not even a number.
+        self._end_step(read_density=outcome != "failed")
+        self._orders.clear()
+        record = RunRecord(
+            title=self.settings.title,
+            outcome=outcome,
+            seconds=time.perf_counter() - self._began,
+            steps=self._steps,
+            sparse_steps=self._sparse_steps,
+            sparse_calls=self._sparse_calls,
+            dense_calls=dict(self._dense_calls),
+            other_calls=self._other_calls,
+            density=self._density_sum / self._density_calls if self._density_calls else None,
+            tokens=self._tokens,
+            backend=", ".join(sorted(set(self._backends.values()))) if self._sparse_calls else "",
+            unused_cause=self._unused_cause(),
+        )
+        _log.info("PSA %s: %s", record.title, record)
+        self._say(str(record))
+        return record
+
+    @property
+    def _current_step(self) -> _Step:
+        assert self._step is not None, "an attention call came before its model call"
+        return self._step
+
+    def _window_reason(self, sigma: float) -> str | None:
+        schedule = self.settings.preset.schedule
+        if sigma > self._sigma_start * (1 + _SIGMA_TOLERANCE):
+            return f"before start_percent {schedule.start_percent:g}"
+        if sigma <= self._sigma_end:
+            return f"after end_percent {schedule.end_percent:g}"
+        return None
+
+    def _usable_backend(self, q: Tensor) -> str:
+        key = (q.device, q.dtype)
+        if key not in self._backends:
+            name = self.settings.backend
+            if name == "auto":
+                if q.device.type not in ("cuda", "cpu"):
+                    raise backends.BackendUnavailable(
+                        f"PSA is made for NVIDIA GPUs; on {q.device.type} only the backend 'reference' may work, slowly"
+                    )
+                name = "triton" if q.device.type == "cuda" else "reference"
+            backends.resolve(name, q)
+            self_check(q.device, q.dtype, name)
+            self._backends[key] = name
+        return self._backends[key]
+
+    def _order(self, layout: TokenLayout, device: torch.device) -> TokenOrder:
+        key = (layout, device)
+        if key not in self._orders:
+            self._orders[key] = plan_order(layout, self.settings.preset.config, device)
+        return self._orders[key]
+
+    def _fail(self, reason: str) -> None:
+        self._failure = reason.partition("\n")[0]
+        _log.warning("PSA %s: attention is dense for the rest of this run: %s", self.settings.title, reason)
+
+    def _end_step(self, read_density: bool = True) -> None:
+        step, self._step = self._step, None
+        if step is None:
+            return
+        self._steps += 1
+        self._dense_calls.update(step.dense)
+        state = f"dense, {step.dense.most_common(1)[0][0]}" if step.dense else "no attention call"
+        if step.sparse:
+            self._sparse_steps += 1
+            self._sparse_calls += step.sparse
+            state = "sparse"
+            if read_density:
+                total = sum(float(part) for part in step.density.values())
+                self._density_sum += total
+                self._density_calls += step.sparse
+                state = f"sparse, density {total / step.sparse:.3f}"
+        text = f"step {self._steps}: {state}"
+        if self.settings.verbose:
+            counts = f"sigma {self._sigma:.4f}, {step.sparse} sparse and {step.dense.total()} dense calls"
+            _log.info("PSA %s: %s (%s)", self.settings.title, text, counts)
+        self._say(text)
+
+    def _say(self, text: str) -> None:
+        lines = (f"PSA {self.settings.title}", text, self.settings.note)
+        self._report("\n".join(filter(None, lines)))
+
+    def _unused_cause(self) -> str:
+        if self._sparse_calls or self._dense_calls:
+            return ""
+        if self._unsupported is not None:
+            return self._unsupported
+        if not self._tokens:
+            return (
+                "the model was not called through ComfyUI's diffusion model wrappers; either nothing was sampled, "
+                "or another node runs the model in its own way"
+            )
+        if not self._other_calls:
+            return "no attention call came by; another node has probably replaced the model's attention functions"
+        return (
+            f"no attention call was the self-attention of the expected {self._tokens} tokens; another node has "
+            "probably changed the sequence"
+        )
