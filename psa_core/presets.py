@@ -104,7 +104,7 @@ def parse_presets(text: str, file: str) -> dict[str, Preset]:
         PresetError: the text holds something else than presets.
     """
     try:
-        document = yaml.load(text, Loader=_PresetLoader)  # a SafeLoader, made stricter
+        document = _PresetLoader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise PresetError(f"{file}: {place}{error.problem or error.context}") from error
@@ -113,7 +113,8 @@ def parse_presets(text: str, file: str) -> dict[str, Preset]:
     try:
         top = _mapping("file", document, _FILE_KEYS)
         family = _name("family", top.get("family"))
-        shared = {key: _text(key, top.get(key, "")) for key in ("description", "source")}
+        _text("description", top.get("description", ""))
+        source = _text("source", top.get("source", ""))
         named = top.get("presets")
         if not isinstance(named, dict) or not named:
             raise ValueError(f"presets: {named!r} is not a mapping of at least one name to its settings")
@@ -124,7 +125,7 @@ def parse_presets(text: str, file: str) -> dict[str, Preset]:
     presets = {}
     for name, settings in named.items():
         try:
-            presets[name] = _preset(name, family, shared["source"], settings)
+            presets[name] = _preset(name, family, source, settings)
         except ValueError as error:
             raise PresetError(f"{file}: preset {name!r}: {error}") from error
     return presets

@@ -1,0 +1,50 @@
+"""Loads the pack as ComfyUI does, under one name, from whatever folder it lies in; and a real ComfyUI where there is one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACK = "psa_pack"
+
+
+def _load_pack() -> None:
+    spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[PACK] = module
+    spec.loader.exec_module(module)
+
+
+_load_pack()
+
+
+@pytest.fixture(scope="session")
+def comfyui() -> Path:
+    """The source folder of a real ComfyUI, importable and set to the CPU."""
+    path = os.environ.get("COMFYUI_PATH")
+    if not path:
+        pytest.skip("COMFYUI_PATH does not name a ComfyUI source folder; `make test` sets it")
+    sys.path.insert(0, path)
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
+    comfy.cli_args.args.use_pytorch_cross_attention = True
+    return Path(path)
+
+
+@pytest.fixture
+def user_folder(comfyui: Path, tmp_path: Path) -> Iterator[Path]:
+    """An empty user folder of ComfyUI."""
+    import folder_paths
+
+    before = folder_paths.get_user_directory()
+    folder_paths.set_user_directory(str(tmp_path))
+    yield tmp_path
+    folder_paths.set_user_directory(before)

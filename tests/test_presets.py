@@ -1,0 +1,210 @@
+"""Preset files: what they mean, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from psa_pack.psa_core.config import PSAConfig
+from psa_pack.psa_core.models.wan import FAMILIES, detect_family
+from psa_pack.psa_core.presets import MAX_FILE_BYTES, Preset, PresetError, dump_preset, load_presets, parse_presets
+from psa_pack.psa_core.schedule import BlockList, Schedule
+
+BUNDLED = sorted((ROOT / "presets").glob("*.yaml"))
+
+
+def preset_text(settings: str) -> str:
+    return f"family: wan2.1_14b\nsource: a test\npresets:\n  mine: {{{settings}}}\n"
+
+
+def parse(settings: str) -> Preset:
+    return parse_presets(preset_text(settings), "mine.yaml")["mine"]
+
+
+@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
+def test_bundled_presets_load_and_say_where_they_come_from(path: Path) -> None:
+    presets = load_presets(path)
+    assert list(presets) == ["balanced", "quality", "fast"]
+    for name, preset in presets.items():
+        assert (preset.name, preset.family) == (name, path.stem)
+        assert preset.description
+        assert "small model until measured on yours" in preset.source
+    weights = [presets[name].config.error_weight for name in ("quality", "balanced", "fast")]
+    assert weights == sorted(set(weights))  # type: ignore[type-var]
+
+
+def test_every_family_has_its_presets() -> None:
+    assert {path.stem for path in BUNDLED} == {family.preset_family for family in FAMILIES}
+
+
+def test_what_a_preset_leaves_out_takes_the_default() -> None:
+    preset = parse("error_weight: 1e-3")
+    assert preset.config == PSAConfig(error_weight=0.001)
+    assert preset.schedule == Schedule()
+    assert (preset.description, preset.source) == ("", "a test")
+
+
+def test_everything_that_a_preset_can_say() -> None:
+    preset = parse(
+        "description: d, source: s, selection: threshold, levels: {1: [0, 0.4], 8: [0.4, 0.7], skip: [0.7, 1]}, "
+        "variance_term: false, order: tile, tile: [2, 8, 8], query_block: 64, key_block: 32, importance_stride: 1, "
+        'schedule: {start_percent: 0.25, end_percent: 0.9, dense_blocks: "0, -1", min_tokens: 5000}'
+    )
+    assert preset == Preset(
+        name="mine",
+        family="wan2.1_14b",
+        description="d",
+        source="s",
+        config=PSAConfig(
+            selection="threshold",
+            levels=(1, 8, "skip"),
+            ranges=((0, 0.4), (0.4, 0.7), (0.7, 1)),
+            variance_term=False,
+            order="tile",
+            tile=(2, 8, 8),
+            query_block=64,
+            key_block=32,
+            importance_stride=1,
+        ),
+        schedule=Schedule(0.25, 0.9, BlockList.parse("0, -1"), 5000),
+    )
+    assert parse_presets(dump_preset(preset), "again.yaml") == {"mine": preset}
+
+
+def test_a_lone_block_needs_no_quotes() -> None:
+    assert parse("error_weight: 0, schedule: {dense_blocks: -1}").schedule.dense_blocks == BlockList.parse("-1")
+
+
+@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
+def test_a_dumped_preset_is_the_same_preset(path: Path) -> None:
+    for name, preset in load_presets(path).items():
+        assert parse_presets(dump_preset(preset), "again.yaml") == {name: preset}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("error_wait: 1", "settings: unknown key 'error_wait'; allowed are description, source, selection, levels"),
+        ("workspace_mib: 512, error_weight: 0", "settings: unknown key 'workspace_mib'"),
+        ("error_weight: 0, schedule: {start: 0}", "schedule: unknown key 'start'; allowed are start_percent"),
+        ("error_weight: 0, schedule: 3", "schedule: 3 is not a mapping of start_percent"),
+        ("", "error_weight: None is not a number"),
+        ("error_weight:", "error_weight: has no value; give one or leave the key out"),
+        ("error_weight: much", "error_weight: 'much' is not a number from 0"),
+        ("error_weight: .nan", "error_weight: nan is not a number from 0"),
+        ("error_weight: -1", "error_weight: -1 is not a number from 0"),
+        ("error_weight: 1, levels: [1, 3]", "levels: 3 is not one of 1, 2, 4, 8, 'block', 'skip'"),
+        ("error_weight: 1, levels: [2, 1]", "are not listed once each from fine to coarse"),
+        ("error_weight: 1, levels: 4", "levels: 4 is not a non-empty tuple"),
+        ("error_weight: 1, levels: {1: [0, 1]}", "selection 'error' takes a list such as [1, 2, 4, 8, block]"),
+        ("selection: topk, levels: [1, skip]", "selection 'topk' takes a mapping such as {1: [0, 0.4], skip: [0.4, 1]}"),
+        ("selection: topk", "selection 'topk' takes a mapping such as"),
+        ("selection: topk, levels: {1: [0, 0.5], skip: [0.4, 1]}", "ranges: level 'skip' has [0.4, 1)"),
+        ("selection: topk, levels: {1: [0, 0.5], skip: [0.5, 0.9]}", "ranges: the last one ends at 0.9, not at 1"),
+        ("selection: topk, levels: {1: [0.5, 0], skip: [0, 1]}", "ranges: level 1 has [0.5, 0)"),
+        ("selection: topk, levels: {1: half, skip: [0.5, 1]}", "ranges: 'half' of level 1 is not a pair of numbers"),
+        ("selection: magic, error_weight: 1", "selection: 'magic' is not one of error, topk, threshold"),
+        ("selection: [topk], error_weight: 1", "selection: ['topk'] is not one of"),
+        ("error_weight: 1, order: spiral", "order: 'spiral' is not one of gilbert, tile, raster"),
+        ("error_weight: 1, order: tile, tile: [4, 4]", "tile: (4, 4) is not three whole numbers"),
+        ("error_weight: 1, query_block: 100", "query_block: 100 is not one of 64, 128"),
+        ("error_weight: 1, variance_term: maybe", "variance_term: 'maybe' is not true or false"),
+        ("error_weight: 1, description: 3", "description: 3 is not text"),
+        ("error_weight: 1, schedule: {start_percent: 2}", "start_percent: 2 is not a number from 0 to 1"),
+        ("error_weight: 1, schedule: {dense_blocks: 3-}", "dense_blocks: '3-' in '3-' is neither a block"),
+        ("error_weight: 1, schedule: {dense_blocks: [0, 1]}", "dense_blocks: [0, 1] is not text"),
+        ("error_weight: 1, schedule: {min_tokens: 8e3}", "min_tokens: 8000.0 is not a whole number"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_file_preset_and_what_is_allowed(settings: str, message: str) -> None:
+    with pytest.raises(PresetError) as error:
+        parse(settings)
+    assert str(error.value).startswith("mine.yaml: preset 'mine': ")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "file: None is not a mapping of family, description, source, presets"),
+        ("- 1", "file: [1] is not a mapping"),
+        ("name: x", "file: unknown key 'name'"),
+        ("presets: {a: {error_weight: 1}}", "family: None is not a name"),
+        ("family: a/b\npresets: {a: {error_weight: 1}}", "family: 'a/b' is not a name"),
+        ("family: wan", "presets: None is not a mapping of at least one name"),
+        ("family: wan\npresets: {}", "presets: {} is not a mapping of at least one name"),
+        ("family: wan\npresets: {off: {error_weight: 1}}", "preset name: False is not a name"),
+        ("family: wan\npresets: {a: 1}", "preset 'a': settings: 1 is not a mapping"),
+        ("family: wan\nfamily: wan", "line 2: key 'family' is given twice"),
+        ("family: wan\npresets:\n  a: {error_weight: 1, error_weight: 2}", "line 3: key 'error_weight' is given twice"),
+        ("family: &name wan\npresets: {}", "line 1: anchors (&) and aliases (*) are not allowed"),
+        ("family: *name", "line 1: anchors (&) and aliases (*) are not allowed"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "line 1: anchors (&) and aliases (*) are not allowed"),
+        ("family: wan\npresets: {a: {<<: {error_weight: 1}}}", "line 2: could not determine a constructor"),
+        ("family: !!python/object/apply:os.getcwd []", "line 1: could not determine a constructor"),
+        ("family: [", "line 1: "),
+        ("a: 1\n---\nb: 2", "line 2: "),
+        ("? [1, 2]\n: 3", "line 1: [1, 2] cannot be a key"),
+        ("a: 2024-99-99", "is not readable YAML"),
+        ("a: \x00", "is not readable YAML"),
+        ("a: " + "1" * 5000, "is not readable YAML"),
+        ("[" * 20000, "is not readable YAML"),
+    ],
+)
+def test_what_is_no_preset_file_is_refused(text: str, message: str) -> None:
+    with pytest.raises(PresetError) as error:
+        parse_presets(text, "odd.yaml")
+    assert str(error.value).startswith("odd.yaml: ")
+    assert message in str(error.value)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PresetError, match=r"gone\.yaml: cannot be read \(No such file or directory\)"):
+        load_presets(tmp_path / "gone.yaml")
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(PresetError, match=r"folder\.yaml: cannot be read"):
+        load_presets(tmp_path / "folder.yaml")
+
+
+def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes(b"family: wan\xe9")
+    with pytest.raises(PresetError, match=r"latin\.yaml: is not UTF-8 text \(.* at byte 11\)"):
+        load_presets(tmp_path / "latin.yaml")
+
+
+def test_a_file_may_be_as_long_as_allowed_and_no_longer(tmp_path: Path) -> None:
+    text = preset_text("error_weight: 1")
+    path = tmp_path / "long.yaml"
+    path.write_text(text + "#" * (MAX_FILE_BYTES - len(text)))
+    assert list(load_presets(path)) == ["mine"]
+    path.write_text(text + "#" * (MAX_FILE_BYTES - len(text) + 1))
+    with pytest.raises(PresetError, match=r"long\.yaml: is longer than the allowed 65536 bytes"):
+        load_presets(path)
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "bom.yaml").write_text(preset_text("error_weight: 1"), encoding="utf-8-sig")
+    assert list(load_presets(tmp_path / "bom.yaml")) == ["mine"]
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.preset_family != "wan2.2_a14b"])
+def test_a_released_size_is_its_own_family(family) -> None:
+    found, _ = detect_family(family.dim, family.blocks, family.out_channels)
+    assert found is family
+
+
+def test_a14b_is_taken_for_14b_and_the_user_is_told() -> None:
+    family, note = detect_family(5120, 40, 16)
+    assert family.preset_family == "wan2.1_14b"
+    assert "Wan 2.2 A14B has the same architecture" in note
+    assert detect_family(1536, 30, 16)[1] == ""
+
+
+def test_an_unknown_size_goes_to_the_nearest_width() -> None:
+    family, note = detect_family(256, 2, 16)
+    assert family.preset_family == "wan2.1_1.3b"
+    assert note == "no released Wan has width 256 and 2 blocks; Wan 2.1 1.3B is the nearest"
