@@ -92,7 +92,7 @@ class ComfyServer:
     ) -> None:
         if not (comfyui / "main.py").is_file():
             raise ValueError(f"comfyui: {comfyui} has no main.py")
-        self.comfyui = comfyui
+        self.comfyui = comfyui.resolve()
         self.cpu = not _cuda_available() if cpu is None else cpu
         self.port = port or _free_port()
         self._models = models or {}

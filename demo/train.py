@@ -137,9 +137,8 @@ def train_decoder(
     """Train encoder and decoder together; noise on the latent makes the decoder forgive an imperfect transformer."""
     device = stage.device
     # Channels last is what the GPU's convolutions work in.
-    layout = torch.channels_last_3d if device.type == "cuda" else torch.preserve_format
-    encoder = ClipEncoder().to(device, memory_format=layout)
-    decoder = WanDecoder(args.decoder_width).to(device, memory_format=layout)
+    encoder = ClipEncoder().to(device)
+    decoder = WanDecoder(args.decoder_width).to(device)
     parameters = [*encoder.parameters(), *decoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=DECODER_LR, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator().manual_seed(args.seed)

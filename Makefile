@@ -1,0 +1,34 @@
+# demo      render the demo video dense and with PSA, and compare them: demo/out/compare.webp
+# test      everything that needs no GPU, with a real ComfyUI
+# test-gpu  the kernel tests, on a CUDA device
+# lint, format
+#
+# PYTHON makes .venv; COMFYUI_PATH names a ComfyUI to use instead of the one that PyPI carries.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV_PYTHON := .venv/bin/python
+GPU_PYTHON ?= $(or $(wildcard $(VENV_PYTHON)),$(PYTHON))
+
+.PHONY: demo test test-gpu lint format install-tests
+
+demo:
+	$(PYTHON) demo/install.py
+	$(VENV_PYTHON) demo/run.py $(DEMO_ARGUMENTS)
+
+install-tests:
+	$(PYTHON) demo/install.py --requirements tests/requirements.txt
+
+test: install-tests
+	COMFYUI_PATH="$${COMFYUI_PATH:-$(CURDIR)/.comfyui}" $(VENV_PYTHON) -m pytest -m "not gpu" $(TEST_ARGUMENTS)
+
+test-gpu:
+	$(GPU_PYTHON) -m pytest -m gpu $(TEST_ARGUMENTS)
+
+lint: install-tests
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+	$(VENV_PYTHON) -m mypy
+
+format: install-tests
+	$(VENV_PYTHON) -m ruff check --fix .
+	$(VENV_PYTHON) -m ruff format .
