@@ -96,11 +96,11 @@ def main() -> None:
         "decoder_psnr_db": psnr,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "arguments": {key: str(value) for key, value in vars(args).items() if value is not None},
+        "arguments": {key: value for key, value in vars(args).items() if isinstance(value, (int, float))},
         "decoder": decoder_stage.history,
         "transformer": model_stage.history,
     }
-    (args.out / "train.json").write_text(json.dumps(record, indent=1))
+    (args.out / "train.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:
