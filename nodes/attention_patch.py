@@ -20,7 +20,7 @@ from ..psa_core.schedule import BlockList, Schedule
 from .override import OVERRIDE_KEY, AttentionOverride, name_arguments, replaced
 from .preset_loader import PresetSocket, load_preset
 from .session import PatchSettings, RunRecord, Session
-from .video_models import UnsupportedModel, identify, read_sequence
+from .video_models import UnsupportedModel, identify, read_sequence, read_sigma
 
 PRESET_NAMES = ("balanced", "quality", "fast")
 OFF = "off"
@@ -79,10 +79,11 @@ class AttentionPatch:
             return executor(*args, **kwargs)
         try:
             sequence = read_sequence(executor.class_obj, arguments)
+            sigma = read_sigma(options)
         except UnsupportedModel as error:
             session.refuse_model(str(error))
             return executor(*args, **kwargs)
-        session.begin_model_call(float(options["sigmas"].flatten()[0]), sequence.layout)
+        session.begin_model_call(sigma, sequence.layout)
         override = AttentionOverride(session, sequence, options.get(OVERRIDE_KEY))
         blocks = len(executor.class_obj.blocks) if session.settings.dense_blocks else 0
         with replaced(options, override.entries(options, track_blocks=blocks)):

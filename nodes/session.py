@@ -249,7 +249,7 @@ class Session:
         schedule = self.settings.preset.schedule
         if sigma > self._sigma_start * (1 + _SIGMA_TOLERANCE):
             return f"before start_percent {schedule.start_percent:g}"
-        if sigma <= self._sigma_end:
+        if sigma <= self._sigma_end * (1 + _SIGMA_TOLERANCE):
             return f"after end_percent {schedule.end_percent:g}"
         return None
 

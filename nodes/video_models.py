@@ -18,7 +18,7 @@ _KNOWN_CLASSES = (WanModel, CameraWanModel)
 
 
 class UnsupportedModel(Exception):
-    """PSA cannot tell where the video is among this model's tokens; the message says why."""
+    """PSA cannot tell what this model is doing; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ def read_sequence(model: torch.nn.Module, arguments: Mapping[str, Any]) -> Video
         UnsupportedModel: the model is of no class that PSA knows, or its input is not a video latent.
     """
     _check_class(model)
+    if not {"x", "context"} <= arguments.keys():
+        raise UnsupportedModel(f"another node has given {type(model).__name__} a forward function that PSA cannot read")
     x = arguments["x"]
     if x.dim() != 5:
         raise UnsupportedModel(f"the latent has shape {tuple(x.shape)}, not [batch, channels, frames, height, width]")
@@ -84,6 +86,17 @@ def read_sequence(model: torch.nn.Module, arguments: Mapping[str, Any]) -> Video
     after = sum(math.prod(_token_grid(latent.shape[-3:], model.patch_size)) for latent in appended)
     layout = TokenLayout(grid, video_start=before, tokens=before + math.prod(grid) + after)
     return VideoSequence(layout, _context_lengths(arguments))
+
+
+def read_sigma(options: Mapping[str, Any]) -> float:
+    """Read the noise level of a model call from its ``transformer_options``; waits for the device, once per call.
+
+    Raises:
+        UnsupportedModel: the sampler does not say.
+    """
+    if (sigmas := options.get("sigmas")) is None:
+        raise UnsupportedModel("the sampler does not tell the model its noise level")
+    return float(sigmas.flatten()[0])
 
 
 def _check_class(model: torch.nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Loads the pack as ComfyUI does, under one name, from whatever folder it lies in; and a real ComfyUI where there is one."""
+"""Loads the pack as ComfyUI does, under one name, and gives tests a real ComfyUI where there is one."""
 
 from __future__ import annotations
 

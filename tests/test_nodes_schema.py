@@ -1,0 +1,138 @@
+"""What ComfyUI learns about the nodes, and the preset loader."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import psa_pack
+import pytest
+
+USER_PRESET = "family: wan2.1_14b\npresets: {mine: {error_weight: 0.5}}\n"
+
+
+@pytest.fixture(scope="session")
+def nodes(comfyui: Path) -> dict[str, Any]:
+    extension = asyncio.run(psa_pack.comfy_entrypoint())
+    return {node.GET_SCHEMA().node_id: node for node in asyncio.run(extension.get_node_list())}
+
+
+def inputs(node: Any) -> dict[str, tuple[str, dict[str, Any]]]:
+    types = node.INPUT_TYPES()
+    return types["required"] | types.get("optional", {})
+
+
+def test_the_pack_declares_an_entrypoint_and_its_help_only() -> None:
+    assert psa_pack.WEB_DIRECTORY == "./web"
+    assert not hasattr(psa_pack, "NODE_CLASS_MAPPINGS")
+
+
+def test_both_nodes_are_there_in_their_category(nodes: dict[str, Any]) -> None:
+    assert list(nodes) == ["PSAAttentionPatch", "PSAPresetLoader"]
+    for node in nodes.values():
+        schema = node.GET_SCHEMA()
+        assert schema.category == "model/patch"
+        assert schema.description
+
+
+def test_every_input_and_output_has_a_tooltip(nodes: dict[str, Any]) -> None:
+    for node in nodes.values():
+        for entry in (*node.GET_SCHEMA().inputs, *node.GET_SCHEMA().outputs):
+            assert entry.tooltip, entry.id
+
+
+def test_the_patch_shows_two_inputs_and_keeps_the_rest_for_experts(nodes: dict[str, Any]) -> None:
+    entries = inputs(nodes["PSAAttentionPatch"])
+    assert list(entries) == [
+        "model",
+        "preset",
+        "custom_preset",
+        "error_weight",
+        "start_percent",
+        "end_percent",
+        "dense_blocks",
+        "min_tokens",
+        "backend",
+        "verbose",
+    ]
+    assert [name for name, (_, options) in entries.items() if not options.get("advanced")] == [
+        "model",
+        "preset",
+        "custom_preset",
+    ]
+    assert entries["preset"][1]["options"] == ["balanced", "quality", "fast", "off"]
+    assert entries["custom_preset"][0] == "PSA_PRESET"
+
+
+def test_the_loader_lists_every_bundled_preset(nodes: dict[str, Any]) -> None:
+    families = ("wan2.1_1.3b", "wan2.1_14b", "wan2.2_5b", "wan2.2_a14b")
+    expected = {f"{family}/{name}" for family in families for name in ("balanced", "quality", "fast")}
+    assert expected <= set(inputs(nodes["PSAPresetLoader"])["preset"][1]["options"])
+
+
+def test_the_loader_loads_what_it_lists(nodes: dict[str, Any]) -> None:
+    loader = nodes["PSAPresetLoader"]
+    for choice in inputs(loader)["preset"][1]["options"]:
+        assert loader.validate_inputs(choice) is True
+        preset = loader.execute(choice).args[0]
+        assert f"{preset.family}/{preset.name}" == choice
+
+
+def test_the_users_own_presets_are_listed_and_loaded(nodes: dict[str, Any], user_folder: Path) -> None:
+    (user_folder / "psa_presets").mkdir()
+    (user_folder / "psa_presets" / "my wan.yaml").write_text(USER_PRESET)
+    loader = nodes["PSAPresetLoader"]
+    assert "user/my wan/mine" in inputs(loader)["preset"][1]["options"]
+    assert loader.validate_inputs("user/my wan/mine") is True
+    assert loader.execute("user/my wan/mine").args[0].config.error_weight == 0.5
+
+
+def test_a_changed_file_gives_another_fingerprint(nodes: dict[str, Any], user_folder: Path) -> None:
+    folder = user_folder / "psa_presets"
+    folder.mkdir()
+    loader = nodes["PSAPresetLoader"]
+    missing = loader.fingerprint_inputs("user/own/mine")
+    (folder / "own.yaml").write_text(USER_PRESET)
+    first = loader.fingerprint_inputs("user/own/mine")
+    assert first == loader.fingerprint_inputs("user/own/mine")
+    (folder / "own.yaml").write_text(USER_PRESET.replace("0.5", "0.6"))
+    assert len({missing, first, loader.fingerprint_inputs("user/own/mine")}) == 3
+
+
+def test_a_broken_file_leaves_the_others_and_says_what_is_wrong(
+    nodes: dict[str, Any], user_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = user_folder / "psa_presets"
+    folder.mkdir()
+    (folder / "broken.yaml").write_text(USER_PRESET.replace("error_weight", "error_wait"))
+    (folder / "good.yaml").write_text(USER_PRESET)
+    loader = nodes["PSAPresetLoader"]
+    own = [name for name in inputs(loader)["preset"][1]["options"] if name.startswith("user/")]
+    assert own == ["user/good/mine"]
+    assert "broken.yaml: preset 'mine': settings: unknown key 'error_wait'" in caplog.text
+    assert "unknown key 'error_wait'" in loader.validate_inputs("user/broken/mine")
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("wan2.1_14b/best", "preset: wan2.1_14b.yaml has no preset 'best'; it has balanced, quality, fast"),
+        ("wan9/balanced", "preset: 'wan9/balanced' is not there; there are wan2.1_1.3b/balanced"),
+        ("user/gone/mine", "preset: 'user/gone/mine' is not there"),
+        ("", "preset: '' is not there"),
+        ("user/../secret/mine", "preset: 'user/../secret/mine' is not there"),
+    ],
+)
+def test_a_preset_that_is_not_listed_is_refused(
+    nodes: dict[str, Any], user_folder: Path, choice: str, message: str
+) -> None:
+    (user_folder / "psa_presets").mkdir()
+    (user_folder / "secret.yaml").write_text(USER_PRESET)
+    assert message in nodes["PSAPresetLoader"].validate_inputs(choice)
+
+
+def test_a_preset_outside_the_users_folder_is_not_even_read(nodes: dict[str, Any], user_folder: Path) -> None:
+    (user_folder / "psa_presets").mkdir()
+    (user_folder / "secret.yaml").write_text(USER_PRESET)
+    assert nodes["PSAPresetLoader"].fingerprint_inputs("user/../secret/mine") == "missing"
