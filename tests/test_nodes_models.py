@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_wan import DIM, make_network
 from torch import Tensor
+
+from tiny_wan import DIM, make_network
 
 pytestmark = pytest.mark.usefixtures("comfyui")
 

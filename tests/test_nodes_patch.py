@@ -14,8 +14,9 @@ import torch
 from psa_pack.psa_core.config import PSAConfig
 from psa_pack.psa_core.presets import Preset
 from psa_pack.psa_core.schedule import BlockList, Schedule
-from tiny_wan import BLOCKS, TOKENS, make_model, make_network, sample
 from torch import Tensor
+
+from tiny_wan import BLOCKS, TOKENS, make_model, make_network, sample
 
 OVERRIDE = "optimized_attention_override"
 EVERYWHERE = {"start_percent": 0.0, "min_tokens": 0}

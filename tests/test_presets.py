@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from psa_pack.psa_core.config import PSAConfig
 from psa_pack.psa_core.models.wan import FAMILIES, detect_family
 from psa_pack.psa_core.presets import MAX_FILE_BYTES, Preset, PresetError, dump_preset, load_presets, parse_presets
 from psa_pack.psa_core.schedule import BlockList, Schedule
+
+from conftest import ROOT
 
 BUNDLED = sorted((ROOT / "presets").glob("*.yaml"))
 
@@ -98,7 +99,10 @@ def test_a_dumped_preset_is_the_same_preset(path: Path) -> None:
         ("error_weight: 1, levels: [2, 1]", "are not listed once each from fine to coarse"),
         ("error_weight: 1, levels: 4", "levels: 4 is not a non-empty tuple"),
         ("error_weight: 1, levels: {1: [0, 1]}", "selection 'error' takes a list such as [1, 2, 4, 8, block]"),
-        ("selection: topk, levels: [1, skip]", "selection 'topk' takes a mapping such as {1: [0, 0.4], skip: [0.4, 1]}"),
+        (
+            "selection: topk, levels: [1, skip]",
+            "selection 'topk' takes a mapping such as {1: [0, 0.4], skip: [0.4, 1]}",
+        ),
         ("selection: topk", "selection 'topk' takes a mapping such as"),
         ("selection: topk, levels: {1: [0, 0.5], skip: [0.4, 1]}", "ranges: level 'skip' has [0.4, 1)"),
         ("selection: topk, levels: {1: [0, 0.5], skip: [0.5, 0.9]}", "ranges: the last one ends at 0.9, not at 1"),
