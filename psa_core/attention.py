@@ -82,17 +82,32 @@ def psa_attention(
     collected: list[PSAStats] = []
     for batch, heads in _head_chunks(q, engine.workspace_bytes_per_head(q, order, config), config):
         part = (slice(batch, batch + 1), heads)
-        prepared = engine.prepare(q[part], k[part], v[part], order, config, scale)
-        selection = engine.select(prepared, engine.importance(prepared))
-        engine.attend(prepared, selection, out[part])
-        if stats:
-            collected.append(PSAStats(*engine.count(prepared, selection)))
+        counted = _attend_chunk(engine, q[part], k[part], v[part], out[part], order, config, scale, stats)
+        collected.extend(counted)
     if not stats:
         return out
     shape = q.shape[:2]
     density = torch.cat([part.density.flatten(0, 1) for part in collected]).view(shape)
     level_pairs = torch.cat([part.level_pairs.flatten(0, 1) for part in collected]).view(*shape, -1)
     return out, PSAStats(density, level_pairs)
+
+
+def _attend_chunk(
+    engine: backends.Backend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    order: TokenOrder,
+    config: PSAConfig,
+    scale: float,
+    stats: bool,
+) -> list[PSAStats]:
+    """One chunk of heads, whose temporary memory is free again on return."""
+    prepared = engine.prepare(q, k, v, order, config, scale)
+    selection = engine.select(prepared, engine.importance(prepared))
+    engine.attend(prepared, selection, out)
+    return [PSAStats(*engine.count(prepared, selection))] if stats else []
 
 
 def _head_chunks(q: Tensor, bytes_per_head: int, config: PSAConfig) -> Iterator[tuple[int, slice]]:

@@ -11,102 +11,169 @@ from .importance import LOG2E
 from .storage import COUNTS, SLOTS, Prepared, Selection, head_strides
 
 
+# The softmax is the same whatever is subtracted from a row's logits, as long as nothing overflows or vanishes. So the
+# first pass subtracts the largest logit of a few neighbouring keys and never rescales; where that was too far from
+# the row's true maximum, which its sum of weights shows, the query block is done again with the online softmax.
+LEAST_SUM = tl.constexpr(2.0**-4)
+GREATEST_SUM = tl.constexpr(2.0**64)
+
+
 @triton.jit
-def _accumulate(acc, l_i, m_i, qk, v, PRECISION: tl.constexpr):
-    """One step of the online softmax; logits ``[BLOCK_M, BLOCK_N]`` are in powers of two."""
-    m_new = tl.maximum(m_i, tl.max(qk, axis=1))
-    p = tl.exp2(qk - m_new[:, None])
-    alpha = tl.exp2(m_i - m_new)
-    l_i = l_i * alpha + tl.sum(p, axis=1)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-    return acc, l_i, m_new
+def _tile(
+    acc, l_i, m_i, q, keys_ptr, values_ptr, offsets, bias, qk_scale,
+    BIASED: tl.constexpr, ONLINE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attend to one tile of keys and values; logits and their bias ``[BLOCK_N]`` are in powers of two."""
+    k = tl.load(keys_ptr + offsets)
+    v = tl.load(values_ptr + offsets)
+    qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if ONLINE:
+        qk *= qk_scale
+        if BIASED:
+            qk += bias[None, :]
+        m_new = tl.maximum(m_i, tl.max(qk, axis=1))
+        alpha = tl.exp2(m_i - m_new)
+        m_i = m_new
+        l_i *= alpha
+        acc *= alpha[:, None]
+        p = tl.exp2(qk - m_i[:, None])
+    elif BIASED:
+        p = tl.exp2(qk * qk_scale + (bias[None, :] - m_i[:, None]))
+    else:
+        p = tl.exp2(qk * qk_scale - m_i[:, None])
+    l_i += tl.sum(p, axis=1)
+    return tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION), l_i, m_i
+
+
+@triton.jit
+def _attend_to_lists(
+    q, m_i, keys_ptr, values_ptr, key_tokens_ptr, indices_ptr, bias_ptr, counts_ptr, qk_scale,
+    video_keys, places, last_count, first_row_2, first_row_4, first_row_8, first_row_whole,
+    KEY_BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, LOG_N: tl.constexpr, SLOTS: tl.constexpr, ONLINE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Weighted sum of values ``[BLOCK_M, D]`` and sum of weights ``[BLOCK_M]`` of one tile of query rows."""
+    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, HEAD_DIM)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    no_bias = tl.zeros([BLOCK_N], tl.float32)
+
+    # Level 1: whole key blocks, contiguous.
+    stop = tl.load(counts_ptr)
+    begin = stop
+    if KEY_BLOCK >= BLOCK_N:
+        in_tile = offs_n[:, None] * HEAD_DIM + offs_d[None, :]
+        for t in range(0, stop << (LOG_BLOCK - LOG_N)):
+            block = tl.load(indices_ptr + (t >> (LOG_BLOCK - LOG_N))).to(tl.int64)
+            first = (block * KEY_BLOCK + (t & ((1 << (LOG_BLOCK - LOG_N)) - 1)) * BLOCK_N) * HEAD_DIM
+            acc, l_i, m_i = _tile(
+                acc, l_i, m_i, q, keys_ptr + first, values_ptr + first, in_tile, no_bias, qk_scale,
+                False, ONLINE, PRECISION,
+            )  # fmt: skip
+    else:  # blocks smaller than a tile are gathered like groups
+        begin = 0
+
+    # Pooled levels: groups of several blocks fill one tile.
+    for slot in tl.static_range(SLOTS):
+        if slot == 0:
+            log_groups, first_row = LOG_BLOCK, 0
+        else:
+            log_groups = 0 if slot == SLOTS - 1 else LOG_BLOCK - slot
+            stop = begin + tl.load(counts_ptr + slot)
+            first_row = first_row_2
+            if slot == 2:
+                first_row = first_row_4
+            if slot == 3:
+                first_row = first_row_8
+            if slot == 4:
+                first_row = first_row_whole
+        if slot > 0 or KEY_BLOCK < BLOCK_N:
+            in_block = offs_n & ((1 << log_groups) - 1)
+            for first_entry in range(begin, stop, BLOCK_N >> log_groups):
+                entry = first_entry + (offs_n >> log_groups)
+                block = tl.load(indices_ptr + entry, mask=entry < stop, other=0)
+                bias = tl.load(bias_ptr + entry, mask=entry < stop, other=float("-inf"))
+                rows = (first_row + (block << log_groups) + in_block).to(tl.int64)
+                offsets = rows[:, None] * HEAD_DIM + offs_d[None, :]
+                acc, l_i, m_i = _tile(
+                    acc, l_i, m_i, q, keys_ptr, values_ptr, offsets, bias, qk_scale, True, ONLINE, PRECISION
+                )
+        begin = stop
+
+    # A ragged last video block at its level, then exact key blocks: what has empty places.
+    log_size = tl.load(counts_ptr + SLOTS)
+    ragged_rows = tl.where(log_size < 0, 0, KEY_BLOCK >> tl.maximum(log_size, 0))
+    ragged_first = tl.where(log_size == 1, first_row_2, tl.where(log_size == 2, first_row_4,
+        tl.where(log_size == 3, first_row_8, tl.where(log_size > 3, first_row_whole, 0))))  # fmt: skip
+    ragged_first += (video_keys - 1) * ragged_rows
+    ragged_bias = 0.0
+    if log_size > 0:
+        ragged_bias = tl.load(bias_ptr + video_keys - 1)
+    exact_first = video_keys * KEY_BLOCK
+    for start in range(0, ragged_rows + places - exact_first, BLOCK_N):
+        r = start + offs_n
+        place = exact_first + r - ragged_rows
+        is_exact = (r >= ragged_rows) & (place < places)
+        filled = tl.load(key_tokens_ptr + place, mask=is_exact, other=-1) >= 0
+        size = 1 << tl.maximum(log_size, 0)
+        members = tl.minimum(tl.maximum(last_count - r * size, 0), size).to(tl.float32)
+        bias = tl.where(r < ragged_rows, tl.log2(members) + ragged_bias, tl.where(filled, 0.0, float("-inf")))
+        rows = tl.where(r < ragged_rows, ragged_first + r, tl.minimum(place, places - 1)).to(tl.int64)
+        offsets = rows[:, None] * HEAD_DIM + offs_d[None, :]
+        acc, l_i, m_i = _tile(
+            acc, l_i, m_i, q, keys_ptr, values_ptr, offsets, bias, qk_scale, True, ONLINE, PRECISION
+        )
+    return acc, l_i
 
 
 @triton.jit
 def _attend_kernel(
-    q_ptr, keys_ptr, values_ptr, out_ptr, query_tokens_ptr, key_tokens_ptr, indices_ptr, counts_ptr, bias_ptr, qk_scale,
+    q_ptr, keys_ptr, values_ptr, out_ptr, query_tokens_ptr, key_tokens_ptr, indices_ptr, bias_ptr, counts_ptr, qk_scale,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_ob, stride_oh, stride_on, stride_od,
-    heads, query_blocks, video_keys, places, last_count, pyramid_rows,
+    heads, query_blocks, video_rows, video_keys, places, last_count, pyramid_rows,
     first_row_2, first_row_4, first_row_8, first_row_whole,
     QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, COUNTS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOG_N: tl.constexpr, SLOTS: tl.constexpr, COUNTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Exact query blocks come last and attend to everything: they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     z = tl.program_id(1).to(tl.int64)
-    i = tile // (QUERY_BLOCK // BLOCK_M)
+    row = z * query_blocks + tile // (QUERY_BLOCK // BLOCK_M)
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, HEAD_DIM)
-    token = tl.load(query_tokens_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    places_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = tl.load(query_tokens_ptr + places_m).to(tl.int64)
     q_ptr += (z // heads) * stride_qb + (z % heads) * stride_qh
     q = tl.load(q_ptr + token[:, None] * stride_qn + offs_d[None, :] * stride_qd, mask=(token >= 0)[:, None], other=0.0)
     keys_ptr += z * pyramid_rows * HEAD_DIM
     values_ptr += z * pyramid_rows * HEAD_DIM
-    counts_ptr += (z * query_blocks + i) * COUNTS
-    indices_ptr += (z * query_blocks + i) * video_keys
-    bias_ptr += (z * query_blocks + i) * video_keys
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    counts_ptr += row * COUNTS
+    indices_ptr += row * video_keys
+    bias_ptr += row * video_keys
 
-    # Level 1, whole key blocks.
-    exact = tl.load(counts_ptr)
-    if KEY_BLOCK >= BLOCK_N:
-        TILES: tl.constexpr = KEY_BLOCK // BLOCK_N
-        for t in range(0, exact * TILES):
-            block = tl.load(indices_ptr + t // TILES).to(tl.int64)
-            rows = block * KEY_BLOCK + (t % TILES) * BLOCK_N + offs_n
-            k = tl.load(keys_ptr + rows[None, :] * HEAD_DIM + offs_d[:, None])
-            v = tl.load(values_ptr + rows[:, None] * HEAD_DIM + offs_d[None, :])
-            qk = tl.dot(q, k, input_precision=PRECISION) * qk_scale
-            acc, l_i, m_i = _accumulate(acc, l_i, m_i, qk, v, PRECISION)
-        gathered_exact = 0
-    else:
-        gathered_exact = exact
+    # Keys of the rows' own tokens, which are in the same place of the order but for the padding of video blocks.
+    own = tile * BLOCK_M + offs_n * (BLOCK_M // BLOCK_N)
+    own += tl.where(tile * BLOCK_M >= video_rows * QUERY_BLOCK, video_keys * KEY_BLOCK - video_rows * QUERY_BLOCK, 0)
+    own = tl.minimum(own, places - 1).to(tl.int64)
+    k = tl.load(keys_ptr + own[:, None] * HEAD_DIM + offs_d[None, :])
+    m_i = tl.max(tl.dot(q, tl.trans(k), input_precision=PRECISION), axis=1) * qk_scale
 
-    # Pooled levels: groups of several blocks and levels fill one tile.
-    listed = exact - gathered_exact
-    end_1 = gathered_exact * KEY_BLOCK
-    end_2 = end_1 + tl.load(counts_ptr + 1) * (KEY_BLOCK // 2)
-    end_4 = end_2 + tl.load(counts_ptr + 2) * (KEY_BLOCK // 4)
-    end_8 = end_4 + tl.load(counts_ptr + 3) * (KEY_BLOCK // 8)
-    end = end_8 + tl.load(counts_ptr + 4)
-    list_2 = listed + gathered_exact
-    list_4 = list_2 + tl.load(counts_ptr + 1)
-    list_8 = list_4 + tl.load(counts_ptr + 2)
-    list_whole = list_8 + tl.load(counts_ptr + 3)
-    for start in range(0, end, BLOCK_N):
-        r = start + offs_n
-        log_groups = tl.where(r < end_1, LOG_BLOCK, tl.where(r < end_2, LOG_BLOCK - 1, tl.where(r < end_4, LOG_BLOCK - 2, tl.where(r < end_8, LOG_BLOCK - 3, 0))))
-        from_row = tl.where(r < end_1, 0, tl.where(r < end_2, end_1, tl.where(r < end_4, end_2, tl.where(r < end_8, end_4, end_8))))
-        from_list = tl.where(r < end_1, listed, tl.where(r < end_2, list_2, tl.where(r < end_4, list_4, tl.where(r < end_8, list_8, list_whole))))
-        first_row = tl.where(r < end_1, 0, tl.where(r < end_2, first_row_2, tl.where(r < end_4, first_row_4, tl.where(r < end_8, first_row_8, first_row_whole))))
-        r_in = r < end
-        at = r - from_row
-        block = tl.load(indices_ptr + from_list + (at >> log_groups), mask=r_in, other=0)
-        group = at & ((1 << log_groups) - 1)
-        rows = (first_row + (block << log_groups) + group).to(tl.int64)
-        k = tl.load(keys_ptr + rows[None, :] * HEAD_DIM + offs_d[:, None], mask=r_in[None, :], other=0.0)
-        v = tl.load(values_ptr + rows[:, None] * HEAD_DIM + offs_d[None, :], mask=r_in[:, None], other=0.0)
-        tokens = tl.where(block == video_keys - 1, last_count, KEY_BLOCK)
-        size = KEY_BLOCK >> log_groups
-        members = tl.minimum(tl.maximum(tokens - group * size, 0), size)
-        bias = tl.load(bias_ptr + block, mask=r_in, other=0.0) * 1.4426950408889634 + tl.log2(members.to(tl.float32))
-        bias = tl.where(r_in, bias, float("-inf"))
-        qk = tl.dot(q, k, input_precision=PRECISION) * qk_scale + bias[None, :]
-        acc, l_i, m_i = _accumulate(acc, l_i, m_i, qk, v, PRECISION)
-
-    # The ragged last video block where it is exact, and exact key blocks: tiles with empty places.
-    first_place = (video_keys - tl.load(counts_ptr + SLOTS)) * KEY_BLOCK
-    for start in range(first_place, places, BLOCK_N):
-        place = start + offs_n
-        filled = tl.load(key_tokens_ptr + place, mask=place < places, other=-1) >= 0
-        rows = place.to(tl.int64)
-        k = tl.load(keys_ptr + rows[None, :] * HEAD_DIM + offs_d[:, None], mask=filled[None, :], other=0.0)
-        v = tl.load(values_ptr + rows[:, None] * HEAD_DIM + offs_d[None, :], mask=filled[:, None], other=0.0)
-        qk = tl.where(filled[None, :], tl.dot(q, k, input_precision=PRECISION) * qk_scale, float("-inf"))
-        acc, l_i, m_i = _accumulate(acc, l_i, m_i, qk, v, PRECISION)
+    acc, l_i = _attend_to_lists(
+        q, m_i, keys_ptr, values_ptr, key_tokens_ptr, indices_ptr, bias_ptr, counts_ptr, qk_scale,
+        video_keys, places, last_count, first_row_2, first_row_4, first_row_8, first_row_whole,
+        KEY_BLOCK, LOG_BLOCK, HEAD_DIM, BLOCK_M, BLOCK_N, LOG_N, SLOTS, False, PRECISION,
+    )  # fmt: skip
+    overflown = tl.sum(tl.sum(tl.where(acc - acc == 0.0, 0, 1), axis=1), axis=0)
+    if (tl.min(l_i) < LEAST_SUM) | (tl.max(l_i) > GREATEST_SUM) | (overflown > 0):
+        m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        acc, l_i = _attend_to_lists(
+            q, m_i, keys_ptr, values_ptr, key_tokens_ptr, indices_ptr, bias_ptr, counts_ptr, qk_scale,
+            video_keys, places, last_count, first_row_2, first_row_4, first_row_8, first_row_whole,
+            KEY_BLOCK, LOG_BLOCK, HEAD_DIM, BLOCK_M, BLOCK_N, LOG_N, SLOTS, True, PRECISION,
+        )  # fmt: skip
 
     out_ptr += (z // heads) * stride_ob + (z % heads) * stride_oh
+    token = tl.load(query_tokens_ptr + places_m).to(tl.int64)
     out = (acc / l_i[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + token[:, None] * stride_on + offs_d[None, :] * stride_od, out, mask=(token >= 0)[:, None])
 
@@ -119,10 +186,11 @@ def attend(prepared: Prepared, selection: Selection, out: Tensor) -> None:
     first = prepared.layout.first
     _attend_kernel[(rows.blocks * (rows.size // tuned.block_m), batch * heads)](
         q, prepared.keys, prepared.values, out, rows.tokens, keys.tokens,
-        selection.indices, selection.counts, selection.bias, prepared.scale * LOG2E,
-        *head_strides(q), *head_strides(out), heads, rows.blocks, keys.video_blocks, keys.blocks * keys.size,
+        selection.indices, selection.bias, selection.counts, prepared.scale * LOG2E,
+        *head_strides(q), *head_strides(out), heads, rows.blocks, rows.video_blocks, keys.video_blocks, keys.blocks * keys.size,
         keys.last_video_count, prepared.layout.rows, *first[1:],
         QUERY_BLOCK=rows.size, KEY_BLOCK=keys.size, LOG_BLOCK=keys.size.bit_length() - 1, HEAD_DIM=head_dim,
-        BLOCK_M=tuned.block_m, BLOCK_N=tuned.block_n, COUNTS=COUNTS, SLOTS=SLOTS, PRECISION=tuned.precision,
+        BLOCK_M=tuned.block_m, BLOCK_N=tuned.block_n, LOG_N=tuned.block_n.bit_length() - 1, SLOTS=SLOTS, COUNTS=COUNTS,
+        PRECISION=tuned.precision,
         num_warps=tuned.num_warps, num_stages=tuned.num_stages,
     )  # fmt: skip

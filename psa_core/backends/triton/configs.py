@@ -37,5 +37,5 @@ def capability(device: torch.device) -> int:
 def attend_config(sm: int, dtype: torch.dtype, head_dim: int, query_block: int) -> AttendConfig:
     """Settings for a compute capability, dtype, head dim and query block."""
     if dtype == torch.float32:
-        return AttendConfig(block_m=64, block_n=32, num_warps=8, num_stages=1, precision="ieee")
+        return AttendConfig(block_m=64, block_n=64, num_warps=8, num_stages=1, precision="ieee")
     return AttendConfig(block_m=query_block, block_n=64, num_warps=4, num_stages=2)

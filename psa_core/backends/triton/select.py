@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...config import level_code
 from ...importance import LEVEL_BIAS_CLAMP
 from ...levels import select_by_rank
 from .storage import COUNTS, SLOTS, Prepared, Selection, empty, statistics_precision
@@ -71,7 +72,7 @@ def _level_kernel(
 
 @triton.jit
 def _list_kernel(
-    codes_ptr, indices_ptr, counts_ptr, query_blocks, video_rows, video_keys, last_count,
+    codes_ptr, bias_ptr, indices_ptr, listed_bias_ptr, counts_ptr, query_blocks, video_rows, video_keys, last_count,
     KEY_BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     """List the key blocks of one query block, level after level. A query block of exact tokens takes all at level 1."""
@@ -81,23 +82,28 @@ def _list_kernel(
     chosen_keys = tl.where(row < video_rows, video_keys, 0)
     listed = tl.zeros([], tl.int32)
     groups = tl.zeros([], tl.int32)
-    ragged = tl.zeros([], tl.int32)
+    ragged = tl.full([], -1, tl.int32)
     for slot in tl.static_range(SLOTS):
-        log_group = LOG_BLOCK if slot == SLOTS - 1 else slot
+        log_size = LOG_BLOCK if slot == SLOTS - 1 else slot
         first = listed
         for start in range(0, video_keys, BLOCK):
             j = start + tl.arange(0, BLOCK)
             code = tl.load(codes_ptr + pair + j, mask=j < chosen_keys, other=0).to(tl.int32)
-            here = ((code == log_group) & (j < video_keys)).to(tl.int32)
+            here = ((code == log_size) & (j < video_keys)).to(tl.int32)
             tokens = tl.where(j == video_keys - 1, last_count, KEY_BLOCK)
-            groups += tl.sum(here * ((tokens + ((1 << log_group) - 1)) >> log_group), axis=0)
-            if slot == 0:
-                is_ragged = here * (tokens < KEY_BLOCK).to(tl.int32)
-                ragged += tl.sum(is_ragged, axis=0)
-                here -= is_ragged
-            tl.store(indices_ptr + pair + listed + tl.cumsum(here, axis=0) - 1, j, mask=here > 0)
+            groups += tl.sum(here * ((tokens + ((1 << log_size) - 1)) >> log_size), axis=0)
+            is_ragged = here * (tokens < KEY_BLOCK).to(tl.int32)
+            ragged = tl.maximum(ragged, tl.max(tl.where(is_ragged > 0, log_size, -1), axis=0))
+            here -= is_ragged
+            bias = tl.load(bias_ptr + pair + j, mask=(here > 0) & (j < chosen_keys), other=0.0)
+            at = pair + listed + tl.cumsum(here, axis=0) - 1
+            tl.store(indices_ptr + at, j, mask=here > 0)
+            tl.store(listed_bias_ptr + at, bias * 1.4426950408889634 + log_size, mask=here > 0)
             listed += tl.sum(here, axis=0)
         tl.store(counts_ptr + slot, listed - first)
+    if ragged > 0:
+        bias = tl.load(bias_ptr + pair + video_keys - 1)
+        tl.store(listed_bias_ptr + pair + video_keys - 1, bias * 1.4426950408889634)
     tl.store(counts_ptr + SLOTS, ragged)
     tl.store(counts_ptr + SLOTS + 1, groups)
 
@@ -126,11 +132,14 @@ def count(prepared: Prepared, selection: Selection) -> tuple[Tensor, Tensor]:
     groups = (selection.counts[..., SLOTS + 1] + exact_tokens).double()
     density = (groups * rows.counts).sum(-1) / tokens**2
 
-    pairs = selection.counts[:, : rows.video_blocks].long().sum(1)
-    pairs[:, 0] += pairs[:, SLOTS]
-    skipped = rows.video_blocks * keys.video_blocks - pairs[:, :SLOTS].sum(-1)
-    slots = {1: 0, 2: 1, 4: 2, 8: 3, "block": 4}
-    columns = [skipped if level == "skip" else pairs[:, slots[level]] for level in config.levels]
+    video = selection.counts[:, : rows.video_blocks].long()
+    ragged = video[..., SLOTS]
+    pairs = dict(zip((1, 2, 4, 8, "block"), video[..., :SLOTS].sum(1).unbind(-1), strict=True))
+    columns = [
+        pairs[level] + (ragged == level_code(level, keys.size)).sum(1) for level in config.levels if level != "skip"
+    ]
+    if "skip" in config.levels:
+        columns.append(rows.video_blocks * keys.video_blocks - torch.stack(columns).sum(0))
     shape = prepared.q.shape[:2]
     return density.float().view(shape), torch.stack(columns, dim=-1).view(*shape, -1)
 
@@ -161,9 +170,10 @@ def _run_level_kernel(prepared: Prepared, codes: Tensor, importance: Tensor | No
 def _list_blocks(prepared: Prepared, codes: Tensor, bias: Tensor) -> Selection:
     rows, keys = prepared.order.queries, prepared.order.keys
     indices = empty(codes, *codes.shape, dtype=torch.int32)
+    listed_bias = empty(codes, *codes.shape, dtype=torch.float32)
     counts = empty(codes, codes.shape[0], rows.blocks, COUNTS, dtype=torch.int32)
     _list_kernel[(rows.blocks, codes.shape[0])](
-        codes, indices, counts, rows.blocks, rows.video_blocks, keys.video_blocks, keys.last_video_count,
+        codes, bias, indices, listed_bias, counts, rows.blocks, rows.video_blocks, keys.video_blocks, keys.last_video_count,
         KEY_BLOCK=keys.size, LOG_BLOCK=keys.size.bit_length() - 1, BLOCK=256, SLOTS=SLOTS, COUNTS=COUNTS,
     )  # fmt: skip
-    return Selection(indices, counts, bias)
+    return Selection(indices, listed_bias, counts)

@@ -11,7 +11,7 @@ from ...config import PSAConfig
 from ...ordering import TokenOrder
 
 SLOTS = 5  # levels 1, 2, 4, 8 and whole block, in this order, whether in use or not
-COUNTS = 8  # integers kept per query block: pairs at each slot, then whether the ragged video block is exact
+COUNTS = 8  # integers kept per query block: see Selection.counts
 ROWS_PER_MEAN = 512
 
 
@@ -78,17 +78,21 @@ class Prepared:
 class Selection:
     """Which video key blocks each query block attends to, and at which level.
 
+    A ragged last video block, which has empty places, is not listed: its level is kept apart.
+
     Args:
-        indices: Video key blocks of every query block, those of one level together, from fine to coarse, ascending
-            within a level ``[Z, query blocks, video blocks]``, int32. A ragged last block at level 1 is not listed.
-        counts: Blocks listed at each slot, and 1 if the ragged last block is at level 1
-            ``[Z, query blocks, COUNTS]``, int32.
-        bias: Second-order logit term of every pair at its level ``[Z, query blocks, video blocks]``, fp32.
+        indices: Video key blocks of every query block, level after level from fine to coarse, ascending within a level
+            ``[Z, query blocks, video blocks]``, int32.
+        bias: Logit addend of every listed block in powers of two: log of its groups' tokens and the second-order term;
+            of a ragged block at a pooled level the latter alone, at the last place
+            ``[Z, query blocks, video blocks]``, fp32.
+        counts: Blocks listed at levels 1, 2, 4, 8 and whole; level code of the ragged block, -1 if there is none or it
+            is skipped; groups attended to in video blocks ``[Z, query blocks, COUNTS]``, int32.
     """
 
     indices: Tensor
-    counts: Tensor
     bias: Tensor
+    counts: Tensor
 
 
 def workspace_bytes_per_head(q: Tensor, order: TokenOrder, config: PSAConfig) -> int:
@@ -97,7 +101,7 @@ def workspace_bytes_per_head(q: Tensor, order: TokenOrder, config: PSAConfig) ->
     pyramid = 2 * PyramidRows.of(order, config).rows * head_dim * q.element_size()
     statistics = 4 * (4 * keys.blocks * (head_dim + 1) + queries.blocks * head_dim)
     sums = 4 * head_dim * -(-q.shape[2] // ROWS_PER_MEAN)
-    pairs = queries.blocks * keys.blocks * (4 + 4 + 4 + 1) + 4 * COUNTS * queries.blocks
+    pairs = queries.blocks * keys.blocks * (4 + 1 + 4 + 4 + 4) + 4 * COUNTS * queries.blocks
     return pyramid + statistics + sums + pairs
 
 
