@@ -186,7 +186,8 @@ class ChannelNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *(1,) * axes))
 
     def forward(self, x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
+        at_least_fp32 = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=at_least_fp32).clamp_min(1e-12)
         return x * (x.shape[1] ** 0.5 / length).to(x.dtype) * self.gamma.to(x.dtype)
 
 

@@ -79,15 +79,17 @@ def test_comfyui_takes_it_for_wan_and_computes_the_same(comfyui: Path, checkpoin
 def test_comfyui_decodes_the_same_pictures(comfyui: Path, checkpoints: Path) -> None:
     import comfy.sd
 
+    # In fp64, since a norm over two channels that happen to be near 0 makes much of fp32's rounding.
     weights = load_file(checkpoints / VAE)
-    decoder = WanDecoder(weights["decoder.head.0.gamma"].shape[0])
-    decoder.load_state_dict({name: value.float() for name, value in weights.items() if "encoder" not in name})
+    decoder = WanDecoder(weights["decoder.head.0.gamma"].shape[0]).double()
+    decoder.load_state_dict({name: value.double() for name, value in weights.items() if "encoder" not in name})
     vae: Any = comfy.sd.VAE(sd=weights)
-    latent = torch.randn(1, 16, 4, 4, 6, generator=torch.Generator().manual_seed(2))
+    latent = torch.randn(1, 16, 4, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     own = decoder(latent)
-    theirs = vae.first_stage_model.float().decode(latent)
+    theirs = vae.first_stage_model.double().decode(latent)
     assert own.shape == (1, 3, 13, 32, 48)
-    assert largest(own - theirs, own) < 1e-4
+    assert own.abs().max() > 0
+    assert largest(own - theirs, own) < 1e-9
 
 
 def test_the_shipped_checkpoints_are_small() -> None:
