@@ -29,7 +29,7 @@ KEEP = -1
 
 _KEY = "psa_attention"
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class AttentionPatch:
@@ -151,7 +151,7 @@ class PSAAttentionPatch(io.ComfyNode):
         report = _status_line(cls.hidden.unique_id if cls.hidden else None)
         if preset == OFF:
             detach(patched)
-            report("off: attention is left as it is")
+            report("PSA off: attention is left as it is")
             return io.NodeOutput(patched)
         try:
             facts = identify(model.get_model_object("diffusion_model"))
@@ -160,7 +160,8 @@ class PSAAttentionPatch(io.ComfyNode):
         else:
             note = facts.note
         if custom_preset is not None:
-            chosen, note = custom_preset, ""
+            chosen = custom_preset
+            note = "" if facts else note  # a chosen family needs no note about the detected one
         elif facts is not None:
             chosen = load_preset(f"{facts.preset_family}/{preset}")
         else:
@@ -283,7 +284,7 @@ def _with_schedule(
     return _checked(lambda: dataclasses.replace(schedule, **changes))
 
 
-def _checked(change: Callable[[], T]) -> T:
+def _checked(change: Callable[[], _T]) -> _T:
     try:
         return change()
     except ValueError as error:

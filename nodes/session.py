@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -99,6 +100,7 @@ class RunRecord:
 class _Step:
     """Counts of one noise level; density sums stay on their devices until the step is over."""
 
+    sigma: float
     window_reason: str | None
     sparse: int = 0
     dense: Counter[str] = field(default_factory=Counter)
@@ -127,8 +129,8 @@ class Session:
         self._backends: dict[tuple[torch.device, torch.dtype], str] = {}
         self._failure: str | None = None
         self._unsupported: str | None = None
-        self._sigma: float | None = None
         self._step: _Step | None = None
+        self._step_change = threading.Lock()
         self._steps = self._sparse_steps = self._sparse_calls = self._other_calls = self._tokens = 0
         self._density_calls = 0
         self._dense_calls: Counter[str] = Counter()
@@ -137,10 +139,11 @@ class Session:
     def begin_model_call(self, sigma: float, layout: TokenLayout) -> None:
         """Note that the model is called at a noise level; another level than before begins a step."""
         self._tokens = max(self._tokens, layout.tokens)
-        if self._step is None or sigma != self._sigma:
-            self._end_step()
-            self._sigma = sigma
-            self._step = _Step(self._window_reason(sigma))
+        # ComfyUI calls the model from several threads where it spreads a batch over several GPUs.
+        with self._step_change:
+            if self._step is None or sigma != self._step.sigma:
+                before, self._step = self._step, _Step(sigma, self._window_reason(sigma))
+                self._close(before)
 
     def refuse_model(self, reason: str) -> None:
         """Note that the model called is none that PSA knows."""
@@ -205,8 +208,7 @@ class Session:
             self._fail(str(error))
         except Exception as error:
             # Whatever a kernel does, the video renders: dense attention takes over.
-            _log.debug("PSA: the failure in full", exc_info=True)
-            self._fail(f"{type(error).__name__}: {error}")
+            self._fail(f"{type(error).__name__}: {error}", error)
         else:
             step.sparse += 1
             return out
@@ -220,7 +222,7 @@ class Session:
             outcome: ``finished``, ``interrupted`` or ``failed``.
         """
         # After a failure the device may answer nothing any more, not even a number.
-        self._end_step(read_density=outcome != "failed")
+        self._close(self._step, read_density=outcome != "failed")
         self._orders.clear()
         record = RunRecord(
             title=self.settings.title,
@@ -274,12 +276,12 @@ class Session:
             self._orders[key] = plan_order(layout, self.settings.preset.config, device)
         return self._orders[key]
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str, error: Exception | None = None) -> None:
         self._failure = reason.partition("\n")[0]
-        _log.warning("PSA %s: attention is dense for the rest of this run: %s", self.settings.title, reason)
+        title = self.settings.title
+        _log.warning("PSA %s: attention is dense for the rest of this run: %s", title, reason, exc_info=error)
 
-    def _end_step(self, read_density: bool = True) -> None:
-        step, self._step = self._step, None
+    def _close(self, step: _Step | None, read_density: bool = True) -> None:
         if step is None:
             return
         self._steps += 1
@@ -296,7 +298,7 @@ class Session:
                 state = f"sparse, density {total / step.sparse:.3f}"
         text = f"step {self._steps}: {state}"
         if self.settings.verbose:
-            counts = f"sigma {self._sigma:.4f}, {step.sparse} sparse and {step.dense.total()} dense calls"
+            counts = f"sigma {step.sigma:.4f}, {step.sparse} sparse and {step.dense.total()} dense calls"
             _log.info("PSA %s: %s (%s)", self.settings.title, text, counts)
         self._say(text)
 
