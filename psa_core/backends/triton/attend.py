@@ -59,46 +59,38 @@ def _attend_to_lists(
     no_bias = tl.zeros([BLOCK_N], tl.float32)
 
     # Level 1: whole key blocks, contiguous.
-    stop = tl.load(counts_ptr)
-    begin = stop
-    if KEY_BLOCK >= BLOCK_N:
+    begin = 0
+    first_slot = 0
+    if KEY_BLOCK >= BLOCK_N and not ONLINE:
+        begin = tl.load(counts_ptr)
+        first_slot = 1
         in_tile = offs_n[:, None] * HEAD_DIM + offs_d[None, :]
-        for t in range(0, stop << (LOG_BLOCK - LOG_N)):
+        for t in range(0, begin << (LOG_BLOCK - LOG_N)):
             block = tl.load(indices_ptr + (t >> (LOG_BLOCK - LOG_N))).to(tl.int64)
             first = (block * KEY_BLOCK + (t & ((1 << (LOG_BLOCK - LOG_N)) - 1)) * BLOCK_N) * HEAD_DIM
             acc, l_i, m_i = _tile(
                 acc, l_i, m_i, q, keys_ptr + first, values_ptr + first, in_tile, no_bias, qk_scale,
                 False, ONLINE, PRECISION,
             )  # fmt: skip
-    else:  # blocks smaller than a tile are gathered like groups
-        begin = 0
 
-    # Pooled levels: groups of several blocks fill one tile.
-    for slot in tl.static_range(SLOTS):
-        if slot == 0:
-            log_groups, first_row = LOG_BLOCK, 0
-        else:
-            log_groups = 0 if slot == SLOTS - 1 else LOG_BLOCK - slot
-            stop = begin + tl.load(counts_ptr + slot)
-            first_row = first_row_2
-            if slot == 2:
-                first_row = first_row_4
-            if slot == 3:
-                first_row = first_row_8
-            if slot == 4:
-                first_row = first_row_whole
-        if slot > 0 or KEY_BLOCK < BLOCK_N:
-            in_block = offs_n & ((1 << log_groups) - 1)
-            for first_entry in range(begin, stop, BLOCK_N >> log_groups):
-                entry = first_entry + (offs_n >> log_groups)
-                block = tl.load(indices_ptr + entry, mask=entry < stop, other=0)
-                bias = tl.load(bias_ptr + entry, mask=entry < stop, other=float("-inf"))
-                rows = (first_row + (block << log_groups) + in_block).to(tl.int64)
-                offsets = rows[:, None] * HEAD_DIM + offs_d[None, :]
-                acc, l_i, m_i = _tile(
-                    acc, l_i, m_i, q, keys_ptr, values_ptr, offsets, bias, qk_scale, True, ONLINE, PRECISION
-                )
-        begin = stop
+    # The other levels, one after the other: the groups of several blocks fill one tile.
+    for slot in range(first_slot, SLOTS):
+        count = tl.load(counts_ptr + slot)
+        log_groups = tl.where(slot == SLOTS - 1, 0, LOG_BLOCK - slot)
+        first_row = tl.where(slot == 0, 0, tl.where(slot == 1, first_row_2, tl.where(slot == 2, first_row_4,
+            tl.where(slot == 3, first_row_8, first_row_whole))))  # fmt: skip
+        groups = count << log_groups
+        for start in range(0, groups, BLOCK_N):
+            r = start + offs_n
+            entry = begin + (r >> log_groups)
+            block = tl.load(indices_ptr + entry, mask=r < groups, other=0)
+            bias = tl.load(bias_ptr + entry, mask=r < groups, other=float("-inf"))
+            rows = (first_row + (block << log_groups) + (r & ((1 << log_groups) - 1))).to(tl.int64)
+            offsets = rows[:, None] * HEAD_DIM + offs_d[None, :]
+            acc, l_i, m_i = _tile(
+                acc, l_i, m_i, q, keys_ptr, values_ptr, offsets, bias, qk_scale, True, ONLINE, PRECISION
+            )
+        begin += count
 
     # A ragged last video block at its level, then exact key blocks: what has empty places.
     log_size = tl.load(counts_ptr + SLOTS)
@@ -134,7 +126,7 @@ def _attend_kernel(
     first_row_2, first_row_4, first_row_8, first_row_whole,
     QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOG_N: tl.constexpr, SLOTS: tl.constexpr, COUNTS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Exact query blocks come last and attend to everything: they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -151,20 +143,25 @@ def _attend_kernel(
     indices_ptr += row * video_keys
     bias_ptr += row * video_keys
 
-    # Keys of the rows' own tokens, which are in the same place of the order but for the padding of video blocks.
-    own = tile * BLOCK_M + offs_n * (BLOCK_M // BLOCK_N)
-    own += tl.where(tile * BLOCK_M >= video_rows * QUERY_BLOCK, video_keys * KEY_BLOCK - video_rows * QUERY_BLOCK, 0)
-    own = tl.minimum(own, places - 1).to(tl.int64)
-    k = tl.load(keys_ptr + own[:, None] * HEAD_DIM + offs_d[None, :])
-    m_i = tl.max(tl.dot(q, tl.trans(k), input_precision=PRECISION), axis=1) * qk_scale
-
-    acc, l_i = _attend_to_lists(
-        q, m_i, keys_ptr, values_ptr, key_tokens_ptr, indices_ptr, bias_ptr, counts_ptr, qk_scale,
-        video_keys, places, last_count, first_row_2, first_row_4, first_row_8, first_row_whole,
-        KEY_BLOCK, LOG_BLOCK, HEAD_DIM, BLOCK_M, BLOCK_N, LOG_N, SLOTS, False, PRECISION,
-    )  # fmt: skip
-    overflown = tl.sum(tl.sum(tl.where(acc - acc == 0.0, 0, 1), axis=1), axis=0)
-    if (tl.min(l_i) < LEAST_SUM) | (tl.max(l_i) > GREATEST_SUM) | (overflown > 0):
+    if FAST:
+        # Keys of the rows' own tokens, which are in the same place of the order but for the padding of video blocks.
+        own = tile * BLOCK_M + offs_n * (BLOCK_M // BLOCK_N)
+        own += tl.where(tile * BLOCK_M < video_rows * QUERY_BLOCK, 0, video_keys * KEY_BLOCK - video_rows * QUERY_BLOCK)
+        own = tl.minimum(own, places - 1).to(tl.int64)
+        k = tl.load(keys_ptr + own[:, None] * HEAD_DIM + offs_d[None, :])
+        m_i = tl.max(tl.dot(q, tl.trans(k), input_precision=PRECISION), axis=1) * qk_scale
+        acc, l_i = _attend_to_lists(
+            q, m_i, keys_ptr, values_ptr, key_tokens_ptr, indices_ptr, bias_ptr, counts_ptr, qk_scale,
+            video_keys, places, last_count, first_row_2, first_row_4, first_row_8, first_row_whole,
+            KEY_BLOCK, LOG_BLOCK, HEAD_DIM, BLOCK_M, BLOCK_N, LOG_N, SLOTS, False, PRECISION,
+        )  # fmt: skip
+        overflown = tl.sum(tl.sum(tl.where(acc - acc == 0.0, 0, 1), axis=1), axis=0) > 0
+        again = overflown | (tl.min(l_i) < LEAST_SUM) | (tl.max(l_i) > GREATEST_SUM)
+    else:
+        acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+        l_i = tl.zeros([BLOCK_M], tl.float32)
+        again = places > 0
+    if again:
         m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
         acc, l_i = _attend_to_lists(
             q, m_i, keys_ptr, values_ptr, key_tokens_ptr, indices_ptr, bias_ptr, counts_ptr, qk_scale,
@@ -191,6 +188,6 @@ def attend(prepared: Prepared, selection: Selection, out: Tensor) -> None:
         keys.last_video_count, prepared.layout.rows, *first[1:],
         QUERY_BLOCK=rows.size, KEY_BLOCK=keys.size, LOG_BLOCK=keys.size.bit_length() - 1, HEAD_DIM=head_dim,
         BLOCK_M=tuned.block_m, BLOCK_N=tuned.block_n, LOG_N=tuned.block_n.bit_length() - 1, SLOTS=SLOTS, COUNTS=COUNTS,
-        PRECISION=tuned.precision,
+        FAST=tuned.fast, PRECISION=tuned.precision,
         num_warps=tuned.num_warps, num_stages=tuned.num_stages,
     )  # fmt: skip

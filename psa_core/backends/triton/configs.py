@@ -17,6 +17,8 @@ class AttendConfig:
         num_warps: Warps of a program.
         num_stages: Depth of software pipelining.
         precision: Input precision of fp32 matrix products.
+        fast: Try a pass without rescaling first; fp32 kernels, whose products are unrolled, would take too long to
+            compile with it.
     """
 
     block_m: int
@@ -24,6 +26,7 @@ class AttendConfig:
     num_warps: int
     num_stages: int
     precision: str = "tf32"
+    fast: bool = True
 
 
 def capability(device: torch.device) -> int:
@@ -37,5 +40,5 @@ def capability(device: torch.device) -> int:
 def attend_config(sm: int, dtype: torch.dtype, head_dim: int, query_block: int) -> AttendConfig:
     """Settings for a compute capability, dtype, head dim and query block."""
     if dtype == torch.float32:
-        return AttendConfig(block_m=64, block_n=64, num_warps=8, num_stages=1, precision="ieee")
+        return AttendConfig(block_m=64, block_n=64, num_warps=8, num_stages=1, precision="ieee", fast=False)
     return AttendConfig(block_m=query_block, block_n=64, num_warps=4, num_stages=2)
