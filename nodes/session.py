@@ -266,7 +266,7 @@ class Session:
                     )
                 name = "triton" if q.device.type == "cuda" else "reference"
             backends.resolve(name, q)
-            self_check(q.device, q.dtype, name)
+            self_check(q.device, q.dtype, q.shape[-1], name)
             self._backends[key] = name
         return self._backends[key]
 
