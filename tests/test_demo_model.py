@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import clips
 import pytest
 import torch
-from prompt_node import prompts
 from safetensors.torch import load_file, save_file
+
+import clips
+from prompt_node import prompts
 from wan import WanDecoder, WanSize, WanTransformer
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"

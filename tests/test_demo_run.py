@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from run import Rendering, compare, find, read_frames, save_comparison, save_sheet, without_patch
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
