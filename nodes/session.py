@@ -126,7 +126,7 @@ class Session:
         self._report = report
         self._began = time.perf_counter()
         self._orders: dict[tuple[TokenLayout, torch.device], TokenOrder] = {}
-        self._backends: dict[tuple[torch.device, torch.dtype], str] = {}
+        self._backends: dict[tuple[torch.device, torch.dtype, int], str] = {}
         self._failure: str | None = None
         self._unsupported: str | None = None
         self._step: _Step | None = None
@@ -256,7 +256,7 @@ class Session:
         return None
 
     def _usable_backend(self, q: Tensor) -> str:
-        key = (q.device, q.dtype)
+        key = (q.device, q.dtype, q.shape[-1])
         if key not in self._backends:
             name = self.settings.backend
             if name == "auto":
@@ -266,7 +266,7 @@ class Session:
                     )
                 name = "triton" if q.device.type == "cuda" else "reference"
             backends.resolve(name, q)
-            self_check(q.device, q.dtype, q.shape[-1], name)
+            self_check(*key, name)
             self._backends[key] = name
         return self._backends[key]
 
