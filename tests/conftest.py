@@ -9,6 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Time says nothing about a pure function on a busy machine.
+settings.register_profile("pack", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("pack")
 
 ROOT = Path(__file__).resolve().parent.parent
 PACK = "psa_pack"
