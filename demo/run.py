@@ -65,6 +65,8 @@ def main() -> None:
     with ComfyServer(args.comfyui, models=models, custom_nodes=[HERE / "prompt_node"]) as server:
         version = server.version()
         print(f"ComfyUI {version} on a {'CPU' if server.cpu else 'GPU'}", flush=True)
+        if server.cpu:  # the fast kernels need a GPU
+            find(workflow, PATCH)["inputs"]["backend"] = "reference"
         if not server.cpu:  # kernels are compiled and loaded on first use
             warm_up = json.loads(json.dumps(workflow))
             find(warm_up, SAMPLER)["inputs"]["seed"] += 1

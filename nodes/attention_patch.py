@@ -248,8 +248,8 @@ def _advanced_inputs() -> list[io.WidgetInput]:
             default="auto",
             optional=True,
             tooltip=(
-                "What computes it. auto: Triton kernels on an NVIDIA GPU, the reference on a CPU. triton: only the "
-                "kernels. reference: plain torch, slow, to compare with. Where the choice cannot run, attention stays "
+                "What computes it. auto: the fast kernels, which need an NVIDIA GPU and Triton. reference: plain torch "
+                "on any device, slow, to see or compare the picture. Where the choice cannot run, attention stays "
                 "dense and the node says why."
             ),
         ),

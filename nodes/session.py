@@ -260,11 +260,11 @@ class Session:
         if key not in self._backends:
             name = self.settings.backend
             if name == "auto":
-                if q.device.type not in ("cuda", "cpu"):
+                if q.device.type != "cuda":
                     raise backends.BackendUnavailable(
-                        f"PSA is made for NVIDIA GPUs; on {q.device.type} only the backend 'reference' may work, slowly"
+                        f"PSA is made for NVIDIA GPUs; on {q.device.type} only the backend 'reference' works, slowly"
                     )
-                name = "triton" if q.device.type == "cuda" else "reference"
+                name = "triton"
             backends.resolve(name, q)
             self_check(*key, name)
             self._backends[key] = name

@@ -26,8 +26,9 @@ class SelfCheckFailed(RuntimeError):
 def self_check(device: torch.device, dtype: torch.dtype, head_dim: int, backend: str) -> None:
     """Compare a backend with dense attention on a small seeded input, at every level of the pyramid at once.
 
-    Keys and values are equal within groups of 1, 2, 4, 8 tokens or a whole block, in turn from block to block. Averaging
-    equal tokens loses nothing, so the right selection takes all the levels, and the right result is dense attention's.
+    Keys and values are equal within groups of 1, 2, 4, 8 tokens or a whole block, in turn from block to block.
+    Averaging equal tokens loses nothing, so the right selection takes all the levels, and the right result is that of
+    dense attention.
 
     Args:
         device: Where to compute.

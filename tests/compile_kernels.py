@@ -26,14 +26,15 @@ import psa_core.backends.triton as backend
 from psa_core import PSAConfig, TokenLayout, plan_order
 from psa_core.backends.triton import configs
 
-SHARED_MEMORY_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 POINTER_TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.uint8: "*u8",
 }  # fmt: skip
 LAUNCH_OPTIONS = ("num_warps", "num_stages")
 
 
-def record_launches(head_dim: int, dtype: torch.dtype, config: PSAConfig, sm: int) -> list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]]:
+def record_launches(
+    head_dim: int, dtype: torch.dtype, config: PSAConfig, sm: int
+) -> list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]]:
     """Kernel, arguments and keywords of every launch of one call, none of which runs."""
     launches: list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]] = []
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from tiny_wan import BLOCKS, TOKENS, make_model, make_network, sample
 
 OVERRIDE = "optimized_attention_override"
-EVERYWHERE = {"start_percent": 0.0, "min_tokens": 0}
+EVERYWHERE = {"start_percent": 0.0, "min_tokens": 0, "backend": "reference"}
 SPARSE = {**EVERYWHERE, "error_weight": 1.0}
 
 
@@ -342,7 +342,7 @@ def test_a_backend_that_cannot_run_here_leaves_the_run_dense(
     model: Any, dense: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    patched = patch(model, **SPARSE, backend="triton")
+    patched = patch(model, **SPARSE | {"backend": "triton"})
     assert torch.equal(sample(patched), dense)
     (reason,) = record(patched).dense_calls
     assert "Triton" in reason
@@ -358,7 +358,14 @@ def test_a_device_that_psa_is_not_made_for_is_named(comfyui: Path) -> None:
     q = torch.empty(1, 2, 16, 64, device="meta")
     assert session.attend(q, q, q, layout, None) is None
     (reason,) = session.finish("finished").dense_calls
-    assert "PSA is made for NVIDIA GPUs; on meta only the backend 'reference' may work" in reason
+    assert "PSA is made for NVIDIA GPUs; on meta only the backend 'reference' works" in reason
+
+
+def test_on_a_cpu_the_kernels_do_not_run_and_the_run_says_so(model: Any, dense: Tensor) -> None:
+    patched = patch(model, **SPARSE | {"backend": "auto"})
+    assert torch.equal(sample(patched), dense)
+    (reason,) = record(patched).dense_calls
+    assert "PSA is made for NVIDIA GPUs; on cpu only the backend 'reference' works" in reason
 
 
 def test_an_unknown_model_stays_dense_and_the_run_says_so(comfyui: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -429,7 +436,7 @@ def test_the_node_shows_its_status(model: Any, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_custom_preset_wins(model: Any) -> None:
-    patched = patch(model, "fast", custom_preset=preset(dense_blocks=BlockList.parse("-1")))
+    patched = patch(model, "fast", custom_preset=preset(dense_blocks=BlockList.parse("-1")), backend="reference")
     sample(patched)
     assert record(patched).title == "my_family mine"
     assert record(patched).dense_calls == {"in dense_blocks": 4}
@@ -469,7 +476,7 @@ def test_bad_input_is_refused_before_any_sampling(model: Any, inputs: dict[str, 
 
 
 def test_a_topk_preset_runs(model: Any) -> None:
-    patched = patch(model, custom_preset=preset("topk"))
+    patched = patch(model, custom_preset=preset("topk"), backend="reference")
     sample(patched)
     assert record(patched).sparse_calls == 4 * BLOCKS
 

@@ -10,7 +10,6 @@ from .configs import attend_config, capability
 from .importance import LOG2E
 from .storage import COUNTS, SLOTS, Prepared, Selection, head_strides
 
-
 # The softmax is the same whatever is subtracted from a row's logits, as long as nothing overflows or vanishes. So the
 # first pass subtracts the largest logit of a few neighbouring keys and never rescales; where that was too far from
 # the row's true maximum, which its sum of weights shows, the query block is done again with the online softmax.
@@ -112,9 +111,7 @@ def _attend_to_lists(
         bias = tl.where(r < ragged_rows, tl.log2(members) + ragged_bias, tl.where(filled, 0.0, float("-inf")))
         rows = tl.where(r < ragged_rows, ragged_first + r, tl.minimum(place, places - 1)).to(tl.int64)
         offsets = rows[:, None] * HEAD_DIM + offs_d[None, :]
-        acc, l_i, m_i = _tile(
-            acc, l_i, m_i, q, keys_ptr, values_ptr, offsets, bias, qk_scale, True, ONLINE, PRECISION
-        )
+        acc, l_i, m_i = _tile(acc, l_i, m_i, q, keys_ptr, values_ptr, offsets, bias, qk_scale, True, ONLINE, PRECISION)
     return acc, l_i
 
 
@@ -184,8 +181,8 @@ def attend(prepared: Prepared, selection: Selection, out: Tensor) -> None:
     _attend_kernel[(rows.blocks * (rows.size // tuned.block_m), batch * heads)](
         q, prepared.keys, prepared.values, out, rows.tokens, keys.tokens,
         selection.indices, selection.bias, selection.counts, prepared.scale * LOG2E,
-        *head_strides(q), *head_strides(out), heads, rows.blocks, rows.video_blocks, keys.video_blocks, keys.blocks * keys.size,
-        keys.last_video_count, prepared.layout.rows, *first[1:],
+        *head_strides(q), *head_strides(out), heads, rows.blocks, rows.video_blocks, keys.video_blocks,
+        keys.blocks * keys.size, keys.last_video_count, prepared.layout.rows, *first[1:],
         QUERY_BLOCK=rows.size, KEY_BLOCK=keys.size, LOG_BLOCK=keys.size.bit_length() - 1, HEAD_DIM=head_dim,
         BLOCK_M=tuned.block_m, BLOCK_N=tuned.block_n, LOG_N=tuned.block_n.bit_length() - 1, SLOTS=SLOTS, COUNTS=COUNTS,
         FAST=tuned.fast, PRECISION=tuned.precision,

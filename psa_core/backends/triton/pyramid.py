@@ -43,7 +43,7 @@ def _load_every_eighth(
     x_ptr, mean, tokens_ptr, rows_ptr, stride_n, stride_d, block,
     PHASE: tl.constexpr, KEY_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Places PHASE, PHASE + 8, ... of a block, centred, also stored as level 1 ``[KEY_BLOCK / 8, D]``; and their fill."""
+    """Centred places PHASE, PHASE + 8, ... of a block ``[KEY_BLOCK / 8, D]``, which become level 1, and their fill."""
     offs_d = tl.arange(0, HEAD_DIM)
     place = block * KEY_BLOCK + tl.arange(0, KEY_BLOCK // 8) * 8 + PHASE
     token = tl.load(tokens_ptr + place).to(tl.int64)

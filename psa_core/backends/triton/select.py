@@ -128,7 +128,9 @@ def count(prepared: Prepared, selection: Selection) -> tuple[Tensor, Tensor]:
     """Density ``[B, H]``, fp32, and number of video pairs at each level of the config ``[B, H, levels]``, int64."""
     rows, keys, config = prepared.order.queries, prepared.order.keys, prepared.config
     tokens = prepared.order.layout.tokens
-    exact_tokens = tokens - (max(keys.video_blocks - 1, 0) * keys.size + keys.last_video_count) * (keys.video_blocks > 0)
+    exact_tokens = tokens - (max(keys.video_blocks - 1, 0) * keys.size + keys.last_video_count) * (
+        keys.video_blocks > 0
+    )
     groups = (selection.counts[..., SLOTS + 1] + exact_tokens).double()
     density = (groups * rows.counts).sum(-1) / tokens**2
 
@@ -173,7 +175,8 @@ def _list_blocks(prepared: Prepared, codes: Tensor, bias: Tensor) -> Selection:
     listed_bias = empty(codes, *codes.shape, dtype=torch.float32)
     counts = empty(codes, codes.shape[0], rows.blocks, COUNTS, dtype=torch.int32)
     _list_kernel[(rows.blocks, codes.shape[0])](
-        codes, bias, indices, listed_bias, counts, rows.blocks, rows.video_blocks, keys.video_blocks, keys.last_video_count,
+        codes, bias, indices, listed_bias, counts,
+        rows.blocks, rows.video_blocks, keys.video_blocks, keys.last_video_count,
         KEY_BLOCK=keys.size, LOG_BLOCK=keys.size.bit_length() - 1, BLOCK=256, SLOTS=SLOTS, COUNTS=COUNTS,
     )  # fmt: skip
     return Selection(indices, listed_bias, counts)

@@ -1,0 +1,144 @@
+"""What kernels and reference are measured against: a plain loop, dense attention, and inputs worth the trouble."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from psa_pack.psa_core import PSAConfig, TokenLayout, TokenOrder, plan_order
+from psa_pack.psa_core.backends import reference
+from torch import Tensor
+
+MIXED = PSAConfig(error_weight=0.3)
+"""A weight at which random inputs use every level."""
+
+TOPK = PSAConfig(
+    selection="topk", levels=(1, 2, 4, 8, "skip"), ranges=((0, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0))
+)
+THRESHOLD = PSAConfig(
+    selection="threshold",
+    levels=(1, 2, 4, 8, "skip"),
+    ranges=((0, 0.3), (0.3, 0.5), (0.5, 0.7), (0.7, 0.9), (0.9, 1.0)),
+)
+
+
+def random_inputs(
+    layout: TokenLayout, head_dim: int, *, batch: int = 1, heads: int = 2, seed: int = 0, spread: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """fp64 q, k, v ``[B, H, N, D]`` that share a part, so that some keys matter more than others.
+
+    Neighbours in the sequence resemble each other, so that pooling is neither free nor hopeless.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    shared = normal(batch, heads, layout.tokens // 40 + 1, head_dim).repeat_interleave(40, dim=2)[:, :, : layout.tokens]
+    q, k, v = (spread * (shared + 0.6 * normal(batch, heads, layout.tokens, head_dim)) for _ in range(3))
+    return q, k, v
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Softmax attention in fp64 ``[B, H, N, D]``."""
+    q, k, v = q.double(), k.double(), v.double()
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return torch.softmax(scale * q @ k.transpose(-1, -2), dim=-1) @ v
+
+
+def attend_row_by_row(
+    q: Tensor, k: Tensor, v: Tensor, order: TokenOrder, config: PSAConfig, codes: Tensor, scale: float
+) -> Tensor:
+    """The definition, one query row and one group of keys at a time, given the level of every pair of blocks.
+
+    Args:
+        codes: Level codes ``[B, H, query blocks, key blocks]``.
+    """
+    out = torch.full_like(q, math.nan)
+    tokens_q, tokens_k = (table.tokens.view(-1, table.size).tolist() for table in (order.queries, order.keys))
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            keys = k[b, h] - k[b, h].mean(0)
+            for i, rows in enumerate(tokens_q):
+                rows = [token for token in rows if token >= 0]
+                squares = q[b, h, rows].square().mean(0)
+                for row in rows:
+                    logits, values = [], []
+                    for j, places in enumerate(tokens_k):
+                        code = int(codes[b, h, i, j])
+                        if code == 255:
+                            continue
+                        groups = _groups(places, 1 << code)
+                        bias = _second_order_term(keys, groups, squares, scale)
+                        if code == 0 or not config.variance_term:
+                            bias = 0.0
+                        for group in groups:
+                            mean = keys[group].mean(0)
+                            logits.append(scale * float(q[b, h, row] @ mean) + math.log(len(group)) + bias)
+                            values.append(v[b, h, group].mean(0))
+                    weights = torch.softmax(torch.tensor(logits, dtype=torch.float64), dim=0)
+                    out[b, h, row] = weights @ torch.stack(values)
+    return out
+
+
+def _groups(places: list[int], size: int) -> list[list[int]]:
+    groups = [places[start : start + size] for start in range(0, len(places), size)]
+    groups = [[token for token in group if token >= 0] for group in groups]
+    return [group for group in groups if group]
+
+
+def _second_order_term(keys: Tensor, groups: list[list[int]], squares: Tensor, scale: float) -> float:
+    tokens = sum(map(len, groups))
+    variance = sum((keys[group] - keys[group].mean(0)).square().sum(0) for group in groups) / tokens
+    return min(float(scale * scale * (squares @ variance)) / 2, 1.0)
+
+
+def reference_codes(q: Tensor, k: Tensor, v: Tensor, order: TokenOrder, config: PSAConfig, scale: float) -> Tensor:
+    """Levels that the reference selects ``[B, H, query blocks, key blocks]``."""
+    prepared = reference.prepare(q.double(), k.double(), v.double(), order, config, scale)
+    return reference.select(prepared, reference.importance(prepared))
+
+
+def reference_output(
+    q: Tensor, k: Tensor, v: Tensor, order: TokenOrder, config: PSAConfig, scale: float, codes: Tensor
+) -> Tensor:
+    """fp64 output of the reference at given levels."""
+    out = torch.empty_like(q, dtype=torch.float64)
+    reference.attend(reference.prepare(q.double(), k.double(), v.double(), order, config, scale), codes, out)
+    return out
+
+
+def rounding_error(
+    q: Tensor, k: Tensor, v: Tensor, order: TokenOrder, config: PSAConfig, scale: float, codes: Tensor
+) -> float:
+    """What working in q's dtype costs the reference: its error when its keys, values and output are rounded to it."""
+    exact = reference_output(q, k, v, order, config, scale, codes)
+    prepared = reference.prepare(q.double(), k.double(), v.double(), order, config, scale)
+    rounded = dataclasses.replace(
+        prepared,
+        pyramid=tuple(
+            dataclasses.replace(level, keys=level.keys.to(q.dtype).double(), values=level.values.to(q.dtype).double())
+            for level in prepared.pyramid
+        ),
+    )
+    out = torch.empty_like(q, dtype=q.dtype)
+    reference.attend(rounded, codes, out)
+    return relative_error(out, exact)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Relative L2 error; NaN if anything is not finite."""
+    return float((actual.double().cpu() - expected.double().cpu()).norm() / expected.double().cpu().norm())
+
+
+def assert_as_exact_as(actual: Tensor, exact: Tensor, unavoidable: float) -> None:
+    """The one tolerance of all kernel tests: twice what rounding to the dtype costs, and fp32's own rounding."""
+    error = relative_error(actual, exact)
+    limit = 2 * unavoidable + 2e-6
+    assert error <= limit, f"relative error {error:.3g}, at most {limit:.3g}"
+
+
+def plan(layout: TokenLayout, config: PSAConfig, device: str = "cpu") -> TokenOrder:
+    """Index tables of a layout."""
+    return plan_order(layout, config, device)

@@ -1,0 +1,32 @@
+"""Every kernel compiles for every GPU generation it is meant for, within that generation's shared memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+SHARED_MEMORY_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+KERNELS_PER_CALL = 9  # the pyramid kernel runs for keys and for values
+CASES = 4  # two head dims, two dtypes
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("sm", SHARED_MEMORY_KIB)
+def test_kernels_fit(sm: int, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, Path(__file__).with_name("compile_kernels.py"), str(sm)],
+        capture_output=True, text=True, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    results = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(results) == CASES * KERNELS_PER_CALL
+    too_big = [result for result in results if result["shared"] > SHARED_MEMORY_KIB[sm] * 1024]
+    assert not too_big

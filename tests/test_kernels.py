@@ -1,0 +1,168 @@
+"""Triton kernels against the reference: on a CUDA device, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pytest
+import torch
+from psa_pack.psa_core import PSAConfig, TokenLayout, psa_attention
+from psa_pack.psa_core.backends import reference, triton_unavailable_reason
+from psa_pack.psa_core.self_check import self_check
+from torch import Tensor
+
+from oracle import (
+    MIXED,
+    THRESHOLD,
+    TOPK,
+    assert_as_exact_as,
+    dense_attention,
+    plan,
+    random_inputs,
+    reference_codes,
+    reference_output,
+    relative_error,
+    rounding_error,
+)
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are first imported
+
+# The interpreter multiplies the bits of bf16 numbers as if they were integers.
+DTYPES = [torch.float16, torch.float32] + ([torch.bfloat16] if ON_GPU else [])
+
+pytestmark = [
+    pytest.mark.gpu if ON_GPU else pytest.mark.interpreter,
+    pytest.mark.skipif(
+        (reason := triton_unavailable_reason(torch.device(DEVICE), torch.float32)) is not None, reason=str(reason)
+    ),
+]
+
+BATCH = 2 if ON_GPU else 1  # the interpreter takes seconds a head; one test below has several of both
+
+SMALL = {"query_block": 64, "key_block": 32}
+CASES: dict[str, tuple[TokenLayout, PSAConfig, int]] = {
+    # every row says what it is there for
+    "all levels, ragged tail": (TokenLayout((3, 9, 11)), MIXED, 64),
+    "the other head dim, and blocks that just fill": (TokenLayout((4, 8, 8)), MIXED, 128),
+    "text first, exact query blocks": (TokenLayout((3, 7, 10), video_start=21), MIXED, 64),
+    "text last and an exact span": (TokenLayout((3, 7, 10), 0, 260, ((3, 40),)), MIXED, 64),
+    "everything exact but nothing": (TokenLayout((2, 5, 7), 0, 80, ((0, 70),)), MIXED, 64),
+    "fewer tokens than a block": (TokenLayout((1, 4, 5)), MIXED, 64),
+    "a prime number of tokens": (TokenLayout((1, 1, 331)), MIXED, 64),
+    "key blocks smaller than a tile": (TokenLayout((3, 9, 11)), dataclasses.replace(MIXED, **SMALL), 64),
+    "key blocks larger than a tile": (TokenLayout((3, 9, 15)), dataclasses.replace(MIXED, key_block=128), 64),
+    "every row in the importance": (TokenLayout((3, 9, 11)), dataclasses.replace(MIXED, importance_stride=1), 64),
+    "without the second-order term": (TokenLayout((3, 9, 11)), dataclasses.replace(MIXED, variance_term=False), 64),
+    "few levels, tiles": (TokenLayout((3, 9, 11)), PSAConfig(error_weight=0.2, levels=(1, 4), order="tile"), 64),
+    "topk with skip": (TokenLayout((3, 9, 15)), TOPK, 64),
+    "topk, small blocks": (TokenLayout((3, 9, 11)), dataclasses.replace(TOPK, **SMALL), 64),
+    "threshold with skip, text": (TokenLayout((3, 9, 11), video_start=5), THRESHOLD, 64),
+}
+
+
+def triton_backend():
+    from psa_pack.psa_core.backends import triton
+
+    return triton
+
+
+def low_precision(inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Inputs in the dtype on the device, in the memory layout in which ComfyUI passes them."""
+    return tuple(x.to(DEVICE, dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("layout", "config", "head_dim"), CASES.values(), ids=CASES)
+def test_each_step_is_the_references(layout: TokenLayout, config: PSAConfig, head_dim: int, dtype: torch.dtype) -> None:
+    triton, scale = triton_backend(), head_dim**-0.5
+    q, k, v = low_precision(random_inputs(layout, head_dim, batch=BATCH, heads=BATCH), dtype)
+    order, host_order = plan(layout, config, DEVICE), plan(layout, config)
+    host = tuple(x.cpu() for x in (q, k, v))
+    codes = reference_codes(*host, host_order, config, scale)
+    exact = reference_output(*host, host_order, config, scale, codes)
+    unavoidable = rounding_error(*host, host_order, config, scale, codes)
+    video = codes[:, :, : order.queries.video_blocks, : order.keys.video_blocks]
+
+    prepared = triton.prepare(q, k, v, order, config, scale)
+    importance = triton.importance(prepared)
+    expected = reference.importance(reference.prepare(*(x.double() for x in host), host_order, config, scale))
+    assert relative_error(importance, expected) < 2e-3
+    torch.testing.assert_close(importance.sum(-1).cpu(), torch.ones(importance.shape[:-1]), rtol=1e-4, atol=1e-4)
+
+    given = triton.select_given(prepared, video.to(DEVICE))
+    out = torch.full_like(q, float("nan"))
+    triton.attend(prepared, given, out)
+    assert_as_exact_as(out, exact, unavoidable)
+
+    counted = [x.cpu() for x in triton.count(prepared, given)]
+    host_prepared = reference.prepare(*(x.double() for x in host), host_order, config, scale)
+    density, pairs = reference.count(host_prepared, codes)
+    torch.testing.assert_close(counted[0], density)
+    assert torch.equal(counted[1], pairs)
+
+    own_density, own_pairs = triton.count(prepared, triton.select(prepared, importance))
+    # near ties may fall either way, no more than a pair in fifty
+    assert (own_pairs.cpu() - pairs).abs().sum() <= 2 + pairs.sum() // 25
+    torch.testing.assert_close(own_density.cpu(), density, rtol=0.03, atol=0.003)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weight_zero_is_dense(dtype: torch.dtype, head_dim: int) -> None:
+    layout = TokenLayout((3, 7, 10), video_start=9)
+    q, k, v = low_precision(random_inputs(layout, head_dim), dtype)
+    config = PSAConfig(error_weight=0.0)
+    out, stats = psa_attention(q, k, v, layout=layout, config=config, backend="triton", stats=True)
+    host, order = tuple(x.cpu() for x in (q, k, v)), plan(layout, config)
+    codes = torch.zeros(1, 2, order.queries.blocks, order.keys.blocks, dtype=torch.uint8)
+    unavoidable = rounding_error(*host, order, config, head_dim**-0.5, codes)
+    assert_as_exact_as(out, dense_attention(*host), unavoidable)
+    assert stats.density.cpu().tolist() == [[1.0, 1.0]]
+
+
+@pytest.mark.parametrize("spread", [1.0, 4.0, 12.0], ids=lambda spread: f"logits up to {spread * spread:.0f}-fold")
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32], ids=str)
+def test_far_apart_logits_stay_finite_and_right(dtype: torch.dtype, spread: float) -> None:
+    """Where neighbouring keys say nothing of a row's largest logit, the online softmax takes over."""
+    layout = TokenLayout((3, 8, 10))
+    q, k, v = low_precision(random_inputs(layout, 64, spread=spread), dtype)
+    v = v / spread
+    k = k.clone()
+    k[:, :, 130] *= 3  # a key far from most queries' own neighbourhood
+    host, config = tuple(x.cpu() for x in (q, k, v)), PSAConfig(error_weight=0.0)
+    out = psa_attention(q, k, v, layout=layout, config=config, backend="triton")
+    order = plan(layout, config)
+    codes = torch.zeros(1, 2, order.queries.blocks, order.keys.blocks, dtype=torch.uint8)
+    unavoidable = rounding_error(*host, order, config, 64**-0.5, codes)
+    assert torch.isfinite(out).all()
+    assert_as_exact_as(out, dense_attention(*host), unavoidable)
+
+
+def test_heads_in_chunks_change_no_bit() -> None:
+    layout = TokenLayout((3, 8, 10))
+    q, k, v = low_precision(random_inputs(layout, 64, batch=2, heads=3), torch.float16)
+    whole = psa_attention(q, k, v, layout=layout, config=MIXED, backend="triton")
+    order = plan(layout, MIXED, DEVICE)
+    per_head = triton_backend().workspace_bytes_per_head(q, order, MIXED)
+    chunked_config = dataclasses.replace(MIXED, workspace_mib=-(-per_head // 2**20))
+    chunked, stats = psa_attention(q, k, v, layout=layout, config=chunked_config, backend="triton", stats=True)
+    assert torch.equal(whole, chunked)
+    assert stats.density.shape == (2, 3)
+
+
+def test_same_inputs_same_bits() -> None:
+    layout = TokenLayout((3, 8, 10), video_start=7)
+    q, k, v = low_precision(random_inputs(layout, 64), torch.float16)
+    before = torch.get_rng_state()
+    runs = [psa_attention(q, k, v, layout=layout, config=MIXED, backend="triton") for _ in range(2)]
+    assert torch.equal(*runs)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_self_check_passes(dtype: torch.dtype) -> None:
+    self_check.__wrapped__(torch.device(DEVICE), dtype, 64, "triton")

@@ -1,0 +1,170 @@
+"""The reference against a loop over single rows and groups, and its selection against the definition."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from psa_pack.psa_core import PSAConfig, TokenLayout, psa_attention
+from psa_pack.psa_core.levels import select_by_error, select_by_rank
+
+from oracle import (
+    MIXED,
+    THRESHOLD,
+    TOPK,
+    attend_row_by_row,
+    dense_attention,
+    plan,
+    random_inputs,
+    reference_codes,
+    relative_error,
+)
+
+LAYOUTS = {
+    "ragged tail": TokenLayout((3, 7, 10)),
+    "text first": TokenLayout((2, 8, 9), video_start=21),
+    "text last, and an exact span in the video": TokenLayout((2, 8, 9), 0, 160, ((3, 40),)),
+    "fewer tokens than a block": TokenLayout((1, 4, 5)),
+    "one block": TokenLayout((1, 8, 8)),
+    "a prime": TokenLayout((1, 1, 131)),
+}
+SMALL_BLOCKS = {"query_block": 64, "key_block": 32}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("config", [MIXED, TOPK, THRESHOLD], ids=lambda config: config.selection)
+def test_attention_is_the_loops(layout: TokenLayout, config: PSAConfig) -> None:
+    config = dataclasses.replace(config, **SMALL_BLOCKS)
+    q, k, v = random_inputs(layout, 64, batch=2, heads=1)
+    order, scale = plan(layout, config), 0.11
+    codes = reference_codes(q, k, v, order, config, scale)
+    expected = attend_row_by_row(q, k, v, order, config, codes, scale)
+    actual = psa_attention(q, k, v, layout=layout, config=config, scale=scale, backend="reference")
+    assert relative_error(actual, expected) < 1e-12
+
+
+def test_the_cases_above_use_every_level() -> None:
+    layout = TokenLayout((6, 16, 16))
+    for config in (MIXED, TOPK, THRESHOLD):
+        q, k, v = random_inputs(layout, 64)
+        _, stats = psa_attention(q, k, v, layout=layout, config=config, backend="reference", stats=True)
+        assert stats.level_pairs.sum(dim=(0, 1)).min() > 0, config.selection
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_weight_zero_is_dense(layout: TokenLayout) -> None:
+    q, k, v = random_inputs(layout, 128)
+    actual, stats = psa_attention(
+        q, k, v, layout=layout, config=PSAConfig(error_weight=0.0), backend="reference", stats=True
+    )
+    assert relative_error(actual, dense_attention(q, k, v)) < 1e-12
+    torch.testing.assert_close(stats.density, torch.ones_like(stats.density))
+
+
+def test_density_counts_rows_times_groups() -> None:
+    layout = TokenLayout((2, 8, 9), video_start=21)
+    q, k, v = random_inputs(layout, 64)
+    order = plan(layout, MIXED)
+    codes = reference_codes(q, k, v, order, MIXED, 64**-0.5)
+    work = 0
+    for i, rows in enumerate(order.queries.counts.tolist()):
+        for j, tokens in enumerate(order.keys.counts.tolist()):
+            work += rows * -(-tokens // (1 << int(codes[0, 0, i, j])))
+    _, stats = psa_attention(q, k, v, layout=layout, config=MIXED, backend="reference", stats=True)
+    assert stats.density[0, 0].item() == pytest.approx(work / layout.tokens**2, rel=1e-6)
+
+
+@pytest.mark.parametrize("selection", [MIXED, TOPK, THRESHOLD], ids=lambda config: config.selection)
+def test_more_weight_or_exactness_never_costs_what_it_should_not(selection: PSAConfig) -> None:
+    """Text queries are dense, and text keys exact for everyone, whatever the selection."""
+    layout = TokenLayout((4, 12, 12), video_start=30)
+    q, k, v = random_inputs(layout, 64)
+    out = psa_attention(q, k, v, layout=layout, config=selection, backend="reference")
+    assert relative_error(out[:, :, :30], dense_attention(q, k, v)[:, :, :30]) < 1e-12
+    codes = reference_codes(q, k, v, plan(layout, selection), selection, 64**-0.5)
+    assert (codes[..., -1] == 0).all()
+    assert (codes[:, :, -1] == 0).all()
+
+
+def test_density_falls_and_error_grows_with_the_weight() -> None:
+    layout = TokenLayout((4, 16, 16))
+    q, k, v = random_inputs(layout, 64, heads=3)
+    exact = dense_attention(q, k, v)
+    densities, errors = [], []
+    for weight in (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 10.0):
+        out, stats = psa_attention(
+            q, k, v, layout=layout, config=PSAConfig(error_weight=weight), backend="reference", stats=True
+        )
+        densities.append(stats.density.double().mean().item())
+        errors.append(relative_error(out, exact))
+    assert densities == sorted(densities, reverse=True)
+    assert densities[0] == 1.0
+    assert densities[-1] < 0.1
+    assert errors == sorted(errors)
+
+
+def test_groups_of_equal_tokens_pool_without_loss() -> None:
+    """Where averaging loses nothing, the coarsest level is taken and the result is dense attention's."""
+    layout = TokenLayout((1, 1, 640))
+    config = PSAConfig(error_weight=1e-6, order="raster")
+    q, k, v = random_inputs(layout, 64)
+    k, v = (x[:, :, ::64].repeat_interleave(64, dim=2) for x in (k, v))
+    out, stats = psa_attention(q, k, v, layout=layout, config=config, backend="reference", stats=True)
+    assert stats.level_pairs[0, 0].tolist() == [0, 0, 0, 0, 50]
+    assert relative_error(out, dense_attention(q, k, v)) < 1e-12
+
+
+def test_ties_go_to_the_finer_level() -> None:
+    """A predicted error that saves exactly its cost is not worth making."""
+    counts = torch.tensor([64])
+    config = PSAConfig(error_weight=1.0, levels=(1, 2))
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    for error, code in ((0.5, 0), (0.49, 1), (float("nan"), 0), (float("inf"), 0)):
+        chosen = select_by_error(
+            one, torch.stack([one, error * one]), torch.ones(2, 1, 1, 1), torch.ones(1, 1), counts, config
+        )
+        assert chosen.item() == code, error
+
+
+def test_topk_counts_are_exact_under_ties() -> None:
+    importance = torch.full((1, 2, 3, 20), 0.05, dtype=torch.float64)
+    codes = select_by_rank(importance, TOPK)
+    for code in (0, 1, 2, 3, 255):
+        assert ((codes == code).sum(-1) == 4).all()
+    assert codes[0, 0, 0].tolist() == sorted(codes[0, 0, 0].tolist())  # equal masses rank in block order
+
+
+def test_threshold_looks_at_the_mass_before_a_block() -> None:
+    """A block that holds 75 % of the mass is exact: nothing ranks before it."""
+    importance = torch.tensor([[[[0.02, 0.75, 0.2, 0.03]]]], dtype=torch.float64)
+    config = dataclasses.replace(THRESHOLD, levels=(1, 2, "skip"), ranges=((0.0, 0.7), (0.7, 0.96), (0.96, 1.0)))
+    assert select_by_rank(importance, config).tolist() == [[[[255, 0, 1, 1]]]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_head(value: float) -> None:
+    layout = TokenLayout((2, 10, 11))
+    q, k, v = random_inputs(layout, 64, heads=3)
+    k[0, 1, 17, 5] = value
+    out = psa_attention(q, k, v, layout=layout, config=MIXED, backend="reference")
+    assert torch.isfinite(out[0, [0, 2]]).all()
+
+
+def test_the_output_keeps_the_inputs_memory_layout() -> None:
+    layout = TokenLayout((2, 10, 11))
+    packed = torch.randn(2, layout.tokens, 3 * 64)
+    q = packed.view(2, layout.tokens, 3, 64).transpose(1, 2)
+    out = psa_attention(q, q, q, layout=layout, config=MIXED, backend="reference")
+    assert out.stride() == q.stride()
+    assert out.transpose(1, 2).reshape(2, layout.tokens, -1).data_ptr() == out.data_ptr()
+
+
+def test_no_global_random_generator_moves() -> None:
+    layout = TokenLayout((2, 10, 11))
+    q, k, v = random_inputs(layout, 64)
+    before = torch.get_rng_state()
+    first = psa_attention(q, k, v, layout=layout, config=MIXED, backend="reference")
+    second = psa_attention(q, k, v, layout=layout, config=MIXED, backend="reference")
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(first, second)
