@@ -1,0 +1,218 @@
+"""The house as facts: which module may import which, what importing loads, and that all files agree with each other."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from psa_pack.psa_core.presets import load_presets, parse_presets
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKFLOWS = [*sorted((ROOT / "workflows").glob("*.json")), ROOT / "demo/workflow.json"]
+README = ROOT / "README.md"
+
+# Every module of the core with all of ours that it may import. The Triton backend, one folder, is one row.
+ARROWS = {
+    "psa_core": {"attention", "config", "layout", "ordering"},
+    "config": set(),
+    "layout": set(),
+    "curves": set(),
+    "importance": set(),
+    "schedule": set(),
+    "models": set(),
+    "models.wan": set(),
+    "presets": {"config", "schedule"},
+    "levels": {"config"},
+    "ordering": {"config", "curves", "layout"},
+    "pooling": {"ordering"},
+    "backends": {"config", "ordering"},
+    "backends.reference": {"config", "importance", "levels", "ordering", "pooling"},
+    "backends.triton": {"config", "ordering", "importance", "levels"},
+    "attention": {"backends", "config", "layout", "ordering"},
+    "self_check": {"attention", "backends", "config", "layout", "ordering"},
+}
+# What the Triton backend shares with the reference: a rank needs a sort, which torch has, and a clamp has one home.
+SHARED_WITH_TRITON = {"levels": {"select_by_rank"}, "importance": {"BLOCK_BIAS_CLAMP", "LEVEL_BIAS_CLAMP"}}
+CORE_LIBRARIES = {"numpy", "torch", "yaml"}
+
+
+def imports(path: Path) -> Iterator[tuple[str, str]]:
+    """Every import of a file as (module, name), relative ones resolved; a plain ``import a.b`` gives no name."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    package = parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *(node.module or "").split("."))).strip(".")
+            for alias in node.names:
+                # `from .backends import reference` imports a module, not a name in one.
+                inner = ROOT / module.replace(".", "/") / alias.name
+                is_module = bool(base) and (inner.with_suffix(".py").is_file() or (inner / "__init__.py").is_file())
+                yield (f"{module}.{alias.name}", "") if is_module else (module, alias.name)
+
+
+def core_module(dotted: str) -> str:
+    """Row of ARROWS that a dotted module name belongs to."""
+    inside = dotted.removeprefix("psa_core").strip(".")
+    if not inside:
+        return "psa_core"
+    return "backends.triton" if inside.startswith("backends.triton") else inside
+
+
+def core_files() -> dict[Path, str]:
+    files = {}
+    for path in sorted((ROOT / "psa_core").rglob("*.py")):
+        dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        files[path] = core_module(dotted)
+    return files
+
+
+def is_ours(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def test_every_core_module_has_its_arrows() -> None:
+    assert set(core_files().values()) == set(ARROWS)
+
+
+@pytest.mark.parametrize("path", core_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_core_imports_point_down(path: Path) -> None:
+    row = core_files()[path]
+    for module, name in imports(path):
+        if is_ours(module, "psa_core"):
+            target = core_module(module)
+            assert target == row or target in ARROWS[row], f"{row} imports {target}"
+            if row == "backends.triton" and target in SHARED_WITH_TRITON:
+                assert name in SHARED_WITH_TRITON[target]
+        else:
+            library = module.partition(".")[0]
+            allowed = CORE_LIBRARIES | ({"triton"} if row == "backends.triton" else set())
+            assert library in sys.stdlib_module_names or library in allowed, f"{row} imports {library}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nodes").glob("*.py")), ids=lambda path: path.name)
+def test_nodes_know_the_core_but_no_backend(path: Path) -> None:
+    modules = [module for module, _ in imports(path)]
+    for module in modules:
+        assert module.partition(".")[0] not in {"triton", "demo", "tests", "benchmarks"}
+        assert not is_ours(module, "psa_core.backends.triton")
+        assert not is_ours(module, "psa_core.backends.reference")
+
+
+def test_importing_the_core_loads_neither_triton_nor_comfy() -> None:
+    names = [f"psa_core.{row}" for row in ARROWS if row not in ("psa_core", "backends.triton")]
+    code = (
+        f"import sys, torch; sys.path.insert(0, {str(ROOT)!r}); before = set(sys.modules)\n"
+        f"import psa_core, {', '.join(names)}\n"
+        "loaded = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "sys.exit(', '.join(sorted(loaded & {'triton', 'comfy', 'comfy_api', 'folder_paths', 'server'})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "presets").glob("*")), ids=lambda path: path.name)
+def test_every_preset_file_loads_with_the_three_names_of_the_node(path: Path) -> None:
+    presets = load_presets(path)
+    assert {"balanced", "quality", "fast"} <= presets.keys()
+    assert all(preset.family == path.stem and preset.source for preset in presets.values())
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_of_a_workflow_agree_with_its_nodes(path: Path) -> None:
+    workflow = json.loads(path.read_text())
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    assert len(nodes) == len(workflow["nodes"])
+    assert max(nodes) <= workflow["last_node_id"]
+    ends: Counter[tuple[str, int]] = Counter()
+    for link, source, slot, target, target_slot, kind in workflow["links"]:
+        output, entry = nodes[source]["outputs"][slot], nodes[target]["inputs"][target_slot]
+        assert link <= workflow["last_link_id"]
+        assert link in output["links"] and entry["link"] == link
+        assert output["type"] == entry["type"] == kind
+        ends.update([("out", link), ("in", link)])
+    drawn: Counter[tuple[str, int]] = Counter()
+    for node in nodes.values():
+        drawn.update(("out", link) for output in node["outputs"] for link in output["links"] or ())
+        drawn.update(("in", entry["link"]) for entry in node["inputs"] if entry["link"] is not None)
+    assert drawn == ends
+    assert set(ends.values()) == {1}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "workflows").glob("*.json")), ids=lambda path: path.name)
+def test_a_bundled_workflow_says_where_nodes_and_models_come_from(path: Path) -> None:
+    nodes: list[dict[str, Any]] = json.loads(path.read_text())["nodes"]
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version is not None
+    for node in nodes:
+        if node["type"] in ("Note", "MarkdownNote"):  # the frontend's own
+            continue
+        own = node["type"].startswith("PSA")
+        assert node["properties"]["cnr_id"] == ("psa-attention" if own else "comfy-core")
+        assert re.fullmatch(r"\d+\.\d+\.\d+", node["properties"]["ver"])
+        assert not own or node["properties"]["ver"] == version[1]
+        files = [value for value in node["widgets_values"] if str(value).endswith(".safetensors")]
+        models = node["properties"].get("models", [])
+        assert [model["name"] for model in models] == files
+        for model in models:
+            assert model["url"].startswith("https://huggingface.co/")
+            assert model["url"].endswith(f"/{model['directory']}/{model['name']}")
+    assert path.with_suffix(".jpg").is_file()
+
+
+@pytest.mark.parametrize("command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]])
+def test_the_code_is_clean(command: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_make_command_of_the_readme_exists() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    commands = set(re.findall(r"`?make ([\w-]+)", " ".join(re.findall(r"`[^`]*`|^    .*$", README.read_text(), re.M))))
+    assert {"demo", "test"} <= commands <= targets
+
+
+def test_the_readmes_preset_is_one() -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", README.read_text(), re.DOTALL)
+    assert parse_presets(example, "README.md")
+
+
+def test_the_readmes_links_lead_somewhere() -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", README.read_text())
+    local = [target for target in targets if not target.startswith("https://")]
+    assert local
+    assert [target for target in local if not (ROOT / target).exists()] == []
+
+
+def test_the_readmes_demo_figures_are_the_committed_ones() -> None:
+    results = json.loads((ROOT / "docs/demo_results.json").read_text())
+    text = README.read_text()
+    for figure in (
+        f"{results['psnr_db']:.1f} dB",
+        f"density {results['density']:.2f}",
+        f"{results['sparse_steps_share']:.0%} of the steps",
+    ):
+        assert figure in text
+
+
+def test_no_path_of_one_machine_is_committed() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True)
+    if listed.returncode:
+        pytest.skip("this is no git checkout, so there is no list of committed files")
+    pattern = re.compile(rb"(?<![\w.])/(work|tmp|root|home|Users|mnt)/\w")
+    found = []
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        path = ROOT / name
+        if path.is_file() and (match := pattern.search(path.read_bytes())):
+            found.append(f"{name}: {match[0]!r}")
+    assert found == []
