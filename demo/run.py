@@ -67,7 +67,9 @@ def main() -> None:
         print(f"ComfyUI {version} on a {'CPU' if server.cpu else 'GPU'}", flush=True)
         if server.cpu:  # the fast kernels need a GPU
             find(workflow, PATCH)["inputs"]["backend"] = "reference"
-        if not server.cpu:  # kernels are compiled and loaded on first use
+        if server.cpu:  # where the node, left to itself, keeps attention dense
+            find(workflow, PATCH)["inputs"]["backend"] = "reference"
+        else:  # kernels are compiled and loaded on first use
             warm_up = json.loads(json.dumps(workflow))
             find(warm_up, SAMPLER)["inputs"]["seed"] += 1
             render(server, without_patch(warm_up), "warming up, dense")
