@@ -7,7 +7,6 @@ Writes ``attention-<device>.json``: ``{device, versions, commit, records}``, a r
 preset. Times are medians of CUDA events; ``effective_tflops`` are the FLOPs that the levels need over the time of the
 attention kernel; errors are against fp32 dense attention on a sample of heads, the first and the last among them.
 """
-"""
 
 from __future__ import annotations
 

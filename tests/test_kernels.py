@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from importlib import import_module
 
 import pytest
 import torch
@@ -166,3 +167,22 @@ def test_same_inputs_same_bits() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_self_check_passes(dtype: torch.dtype) -> None:
     self_check.__wrapped__(torch.device(DEVICE), dtype, 64, "triton")
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("sm", [80, 86, 90, 100, 120])
+def test_settings_of_every_gpu_generation_are_right(sm: int, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tile shapes than this device's own are other paths through the kernel."""
+    triton = triton_backend()
+    layout, config, scale = TokenLayout((2, 9, 11), video_start=5), MIXED, head_dim**-0.5
+    monkeypatch.setattr(import_module(f"{triton.__name__}.attend"), "capability", lambda device: sm)
+    q, k, v = low_precision(random_inputs(layout, head_dim, heads=1), torch.float16)
+    host, host_order = tuple(x.cpu() for x in (q, k, v)), plan(layout, config)
+    codes = reference_codes(*host, host_order, config, scale)
+    order = plan(layout, config, DEVICE)
+    prepared = triton.prepare(q, k, v, order, config, scale)
+    video = codes[:, :, : order.queries.video_blocks, : order.keys.video_blocks]
+    out = torch.full_like(q, float("nan"))
+    triton.attend(prepared, triton.select_given(prepared, video.to(DEVICE)), out)
+    exact = reference_output(*host, host_order, config, scale, codes)
+    assert_as_exact_as(out, exact, rounding_error(*host, host_order, config, scale, codes))

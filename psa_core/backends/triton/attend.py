@@ -57,6 +57,9 @@ def _attend_to_lists(
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     no_bias = tl.zeros([BLOCK_N], tl.float32)
 
+    # In both loops the indices of the next tile are read with this one: keys and values whose address is known early
+    # are fetched while earlier tiles are multiplied.
+
     # Level 1: whole key blocks, contiguous.
     begin = 0
     first_slot = 0
@@ -64,9 +67,12 @@ def _attend_to_lists(
         begin = tl.load(counts_ptr)
         first_slot = 1
         in_tile = offs_n[:, None] * HEAD_DIM + offs_d[None, :]
-        for t in range(0, begin << (LOG_BLOCK - LOG_N)):
-            block = tl.load(indices_ptr + (t >> (LOG_BLOCK - LOG_N))).to(tl.int64)
-            first = (block * KEY_BLOCK + (t & ((1 << (LOG_BLOCK - LOG_N)) - 1)) * BLOCK_N) * HEAD_DIM
+        tiles = begin << (LOG_BLOCK - LOG_N)
+        upcoming = tl.load(indices_ptr)
+        for t in range(0, tiles):
+            key_block = upcoming.to(tl.int64)
+            upcoming = tl.load(indices_ptr + (tl.minimum(t + 1, tiles - 1) >> (LOG_BLOCK - LOG_N)))
+            first = (key_block * KEY_BLOCK + (t & ((1 << (LOG_BLOCK - LOG_N)) - 1)) * BLOCK_N) * HEAD_DIM
             acc, l_i, m_i = _tile(
                 acc, l_i, m_i, q, keys_ptr + first, values_ptr + first, in_tile, no_bias, qk_scale,
                 False, ONLINE, PRECISION,
@@ -79,13 +85,17 @@ def _attend_to_lists(
         first_row = tl.where(slot == 0, 0, tl.where(slot == 1, first_row_2, tl.where(slot == 2, first_row_4,
             tl.where(slot == 3, first_row_8, first_row_whole))))  # fmt: skip
         groups = count << log_groups
+        entry = begin + (offs_n >> log_groups)
+        next_block = tl.load(indices_ptr + entry, mask=offs_n < groups, other=0)
+        next_bias = tl.load(bias_ptr + entry, mask=offs_n < groups, other=float("-inf"))
         for start in range(0, groups, BLOCK_N):
-            r = start + offs_n
+            block, bias = next_block, next_bias
+            r = start + BLOCK_N + offs_n
             entry = begin + (r >> log_groups)
-            block = tl.load(indices_ptr + entry, mask=r < groups, other=0)
-            bias = tl.load(bias_ptr + entry, mask=r < groups, other=float("-inf"))
-            rows = (first_row + (block << log_groups) + (r & ((1 << log_groups) - 1))).to(tl.int64)
-            offsets = rows[:, None] * HEAD_DIM + offs_d[None, :]
+            next_block = tl.load(indices_ptr + entry, mask=r < groups, other=0)
+            next_bias = tl.load(bias_ptr + entry, mask=r < groups, other=float("-inf"))
+            rows = first_row + (block << log_groups) + ((start + offs_n) & ((1 << log_groups) - 1))
+            offsets = rows.to(tl.int64)[:, None] * HEAD_DIM + offs_d[None, :]
             acc, l_i, m_i = _tile(
                 acc, l_i, m_i, q, keys_ptr, values_ptr, offsets, bias, qk_scale, True, ONLINE, PRECISION
             )
