@@ -102,7 +102,6 @@ def test_both_nodes_are_there_with_a_tooltip_on_every_input(server: ComfyServer)
         inputs = [spec for kind in ("required", "optional") for spec in info[name]["input"].get(kind, {}).values()]
         assert inputs
         assert all(spec[1]["tooltip"] for spec in inputs)
-    assert "Traceback" not in server.log()
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)

@@ -1,0 +1,47 @@
+"""Make the README's pictures and figures, and the workflow's thumbnail, from what `make demo` has written.
+
+    make pictures
+
+Writes compare.webp, contact_sheet.webp and demo_results.json beside this file, and workflows/*.jpg.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from PIL import Image, ImageSequence
+
+from run import LABEL_HEIGHT
+
+HERE = Path(__file__).resolve().parent
+OUT = HERE.parent / "demo/out"
+WORKFLOWS = HERE.parent / "workflows"
+
+
+def main() -> None:
+    results = json.loads((OUT / "results.json").read_text())
+    shutil.copy(OUT / "results.json", HERE / "demo_results.json")
+    with Image.open(OUT / "compare.webp") as video:
+        frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(video)]
+        duration = video.info["duration"]  # known once a frame has been read
+    frames[0].save(
+        HERE / "compare.webp", save_all=True, append_images=frames[1:], duration=duration, loop=0, quality=60, method=6
+    )
+    with Image.open(OUT / "contact_sheet.png") as sheet:
+        smaller = sheet.resize((sheet.width * 2 // 3, sheet.height * 2 // 3), Image.Resampling.LANCZOS)
+        smaller.save(HERE / "contact_sheet.webp", quality=80, method=6)
+    thumbnail = right_half(frames[len(frames) // 2])
+    for workflow in sorted(WORKFLOWS.glob("*.json")):
+        thumbnail.save(workflow.with_suffix(".jpg"), quality=88)
+    print(f"{results['psnr_db']} dB on ComfyUI {results['comfyui_version']}, backend {results['backend']}")
+
+
+def right_half(pair: Image.Image) -> Image.Image:
+    """PSA's picture out of a side-by-side one, without its label."""
+    return pair.crop((pair.width // 2, LABEL_HEIGHT, pair.width, pair.height))
+
+
+if __name__ == "__main__":
+    main()
