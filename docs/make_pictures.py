@@ -32,15 +32,17 @@ def main() -> None:
     with Image.open(OUT / "contact_sheet.png") as sheet:
         smaller = sheet.resize((sheet.width * 2 // 3, sheet.height * 2 // 3), Image.Resampling.LANCZOS)
         smaller.save(HERE / "contact_sheet.webp", quality=80, method=6)
-    thumbnail = right_half(frames[len(frames) // 2])
+    thumbnail = thumbnail_of(frames[len(frames) // 2])
     for workflow in sorted(WORKFLOWS.glob("*.json")):
         thumbnail.save(workflow.with_suffix(".jpg"), quality=88)
     print(f"{results['psnr_db']} dB on ComfyUI {results['comfyui_version']}, backend {results['backend']}")
 
 
-def right_half(pair: Image.Image) -> Image.Image:
-    """PSA's picture out of a side-by-side one, without its label."""
-    return pair.crop((pair.width // 2, LABEL_HEIGHT, pair.width, pair.height))
+def thumbnail_of(pair: Image.Image) -> Image.Image:
+    """A square of PSA's picture out of a side-by-side one."""
+    side, width = pair.height - LABEL_HEIGHT, pair.width // 2
+    left = width + (width - side) // 2
+    return pair.crop((left, LABEL_HEIGHT, left + side, pair.height))
 
 
 if __name__ == "__main__":

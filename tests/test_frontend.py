@@ -1,0 +1,111 @@
+"""The bundled workflow and the demo's in ComfyUI's frontend, in a headless Chromium."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from comfy_server import ComfyServer
+from install_browser import find_browser, missing_reason
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "demo"
+PICTURES = ROOT / "tests/out"
+TEMPLATE = "psa_wan2.1_t2v_1.3b"
+BYPASSED, ALWAYS = 4, 0
+
+
+@pytest.fixture(scope="module")
+def frontend(comfyui: Path) -> Iterator[Any]:
+    if find_browser() is None:
+        pytest.skip(missing_reason())
+    pytest.importorskip("playwright", reason="playwright is not installed; `make test` installs it")
+    from browser import open_frontend
+
+    weights = {
+        "diffusion_models": [DEMO / "weights/wan_demo.safetensors"],
+        "vae": [DEMO / "weights/wan_demo_vae.safetensors"],
+    }
+    with (
+        ComfyServer(comfyui, models=weights, custom_nodes=[DEMO / "prompt_node"], cpu=True) as server,
+        open_frontend(server) as frontend,
+    ):
+        yield frontend
+
+
+@pytest.fixture
+def demo(frontend: Any) -> Any:
+    """The demo's workflow on the canvas, small, sparse from the first step."""
+    frontend.load(json.loads((DEMO / "workflow.json").read_text()))
+    frontend.set_values("EmptyHunyuanLatentVideo", width=96, height=96, length=9)
+    frontend.set_values("KSampler", steps=3)
+    frontend.set_values("PSAAttentionPatch", start_percent=0.0, backend="reference")
+    return frontend
+
+
+def test_the_template_browser_opens_the_workflow_with_no_node_missing(frontend: Any) -> None:
+    frontend.open_templates()
+    entry = frontend.page.get_by_text(TEMPLATE, exact=True).first
+    entry.wait_for()
+    thumbnail = frontend.page.get_by_alt_text(TEMPLATE).first
+    thumbnail.wait_for()
+    assert thumbnail.evaluate("async (image) => { await image.decode(); return image.naturalWidth }") == 256
+    frontend.screenshot(PICTURES / "templates.png")
+    entry.click()
+    frontend.page.wait_for_function("app.graph.nodes.some((node) => node.type === 'PSAAttentionPatch')")
+    frontend.close_dialogs()
+    workflow = json.loads((ROOT / f"workflows/{TEMPLATE}.json").read_text())
+    assert sorted(frontend.node_types()) == sorted(node["type"] for node in workflow["nodes"])
+    assert frontend.missing_types() == []
+    frontend.screenshot(PICTURES / "workflow.png")
+
+
+def test_the_bundled_workflow_asks_for_what_its_note_says(frontend: Any) -> None:
+    frontend.load(json.loads((ROOT / f"workflows/{TEMPLATE}.json").read_text()))
+    frontend.close_dialogs()
+    prompt = {node["class_type"]: node["inputs"] for node in frontend.prompt().values()}
+    latent = prompt["EmptyHunyuanLatentVideo"]
+    assert (latent["width"], latent["height"], latent["length"]) == (832, 480, 81)
+    assert (prompt["KSampler"]["steps"], prompt["KSampler"]["cfg"]) == (50, 5)
+    assert prompt["ModelSamplingSD3"]["shift"] == 5
+    assert prompt["PSAAttentionPatch"].items() >= {"preset": "balanced", "error_weight": -1, "min_tokens": -1}.items()
+    assert prompt["CreateVideo"]["fps"] == 16
+
+
+def test_the_demo_runs_from_the_frontend_and_the_node_says_what_it_did(demo: Any) -> None:
+    assert demo.missing_types() == []
+    record = demo.run()
+    assert record["status"]["status_str"] == "success"
+    text = demo.page.get_by_text(re.compile("9 sparse calls")).first
+    text.wait_for()
+    assert "3 of 3 steps sparse" in text.inner_text()
+    demo.page.wait_for_timeout(1000)  # for the preview of the video
+    demo.screenshot(PICTURES / "demo.png")
+
+
+def test_a_bypassed_patch_is_not_part_of_the_prompt(demo: Any) -> None:
+    demo.set_mode("PSAAttentionPatch", BYPASSED)
+    prompt = demo.prompt()
+    loader = next(key for key, node in prompt.items() if node["class_type"] == "UNETLoader")
+    assert "PSAAttentionPatch" not in {node["class_type"] for node in prompt.values()}
+    assert [node["inputs"]["model"] for node in prompt.values() if node["class_type"] == "ModelSamplingSD3"] == [
+        [loader, 0]
+    ]
+    demo.set_values("KSampler", seed=2)
+    record = demo.run()
+    assert record["status"]["status_str"] == "success"
+    assert "PSAAttentionPatch" not in json.dumps(record["prompt"][2])
+    demo.set_mode("PSAAttentionPatch", ALWAYS)
+    assert "PSAAttentionPatch" in {node["class_type"] for node in demo.prompt().values()}
+
+
+def test_node_help_is_served(frontend: Any) -> None:
+    for node in ("PSAAttentionPatch", "PSAPresetLoader"):
+        response = frontend.page.request.get(f"{frontend.server.url}/extensions/psa-attention/docs/{node}/en.md")
+        assert response.ok
+        assert node.removeprefix("PSA").split("P")[0] in response.text()
