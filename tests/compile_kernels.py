@@ -20,6 +20,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+try:
+    from triton.backends.compiler import AttrsDescriptor  # Triton 3.2
+except ImportError:
+    AttrsDescriptor = None
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import psa_core.backends.triton as backend
@@ -62,12 +67,12 @@ def compile_launch(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str,
     options = {name: kwargs[name] for name in LAUNCH_OPTIONS if name in kwargs}
     values = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k not in options}
     signature: dict[str, str] = {}
-    constants: dict[Any, Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    constants: dict[str, Any] = {}
+    attributes: Any = {}
     for position, name in enumerate(kernel.arg_names):
         value = values[name]
         if kernel.params[position].is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[(position,)] = "constexpr", value
+            signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
             signature[name] = POINTER_TYPES[value.dtype]
@@ -75,6 +80,9 @@ def compile_launch(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str,
             signature[name] = "fp32" if isinstance(value, float) else "i32"
         if not isinstance(value, float) and (isinstance(value, torch.Tensor) or value % 16 == 0):
             attributes[(position,)] = [["tt.divisibility", 16]]
+    if AttrsDescriptor is not None:
+        signature = {name: kind for name, kind in signature.items() if kind != "constexpr"}
+        attributes = AttrsDescriptor()
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     return {"kernel": kernel.__name__, "sm": sm, "shared": compiled.metadata.shared} | _resources(compiled.asm["cubin"])

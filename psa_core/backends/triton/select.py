@@ -18,11 +18,13 @@ def _level_kernel(
     importance_ptr, squares_ptr, key_variance_ptr, value_variance_ptr, power_ptr, codes_ptr, bias_ptr,
     scale_squared, weight, bias_clamp, query_blocks, video_rows, key_blocks, video_keys, last_count,
     KEY_BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HAS_2: tl.constexpr, HAS_4: tl.constexpr, HAS_8: tl.constexpr, HAS_WHOLE: tl.constexpr,
-    CHOOSE: tl.constexpr, VARIANCE_TERM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    USED: tl.constexpr, CHOOSE: tl.constexpr, VARIANCE_TERM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Choose the level of every video pair (or take it from the codes) and note its second-order logit term."""
+    """Choose the level of every video pair (or take it from the codes) and note its second-order logit term.
+
+    Bits of USED say which of the levels 2, 4, 8 and whole block there are.
+    """
     z = tl.program_id(1).to(tl.int64)
     offs_d = tl.arange(0, HEAD_DIM)
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -47,7 +49,7 @@ def _level_kernel(
             code = tl.load(codes_ptr + pair, mask=both, other=0).to(tl.int32)
         for slot in tl.static_range(4):
             log_group = LOG_BLOCK if slot == 3 else slot + 1
-            if (HAS_2 and slot == 0) or (HAS_4 and slot == 1) or (HAS_8 and slot == 2) or (HAS_WHOLE and slot == 3):
+            if (USED >> slot) & 1:
                 block = (z * 4 + slot) * key_blocks + j
                 variance = tl.load(
                     key_variance_ptr + block[None, :] * HEAD_DIM + offs_d[:, None], mask=j_in[None, :], other=0.0
@@ -162,8 +164,8 @@ def _run_level_kernel(prepared: Prepared, codes: Tensor, importance: Tensor | No
         codes, bias, prepared.scale**2, (config.error_weight or 0.0) / keys.video_blocks, LEVEL_BIAS_CLAMP,
         rows.blocks, rows.video_blocks, keys.blocks, keys.video_blocks, keys.last_video_count,
         KEY_BLOCK=keys.size, LOG_BLOCK=keys.size.bit_length() - 1, HEAD_DIM=prepared.q.shape[-1],
-        HAS_2=2 in config.levels, HAS_4=4 in config.levels, HAS_8=8 in config.levels,
-        HAS_WHOLE="block" in config.levels, CHOOSE=importance is not None, VARIANCE_TERM=config.variance_term,
+        USED=sum(1 << slot for slot, level in enumerate((2, 4, 8, "block")) if level in config.levels),
+        CHOOSE=importance is not None, VARIANCE_TERM=config.variance_term,
         BLOCK_M=16, BLOCK_N=32, PRECISION=statistics_precision(prepared.q.dtype), num_stages=1,
     )  # fmt: skip
     return bias
