@@ -2,6 +2,7 @@
 # test      everything that needs no GPU, with a real ComfyUI
 # test-gpu  the kernel tests, on a CUDA device
 # lint, format
+# pictures, screenshots   remake what README.md shows
 #
 # PYTHON makes .venv; COMFYUI_PATH names a ComfyUI to use instead of the one that PyPI carries.
 
@@ -9,7 +10,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV_PYTHON := .venv/bin/python
 GPU_PYTHON ?= $(or $(wildcard $(VENV_PYTHON)),$(PYTHON))
 
-.PHONY: demo test test-gpu lint format install-tests
+.PHONY: demo test test-gpu lint format pictures screenshots install-tests
 
 demo:
 	$(PYTHON) demo/install.py
@@ -33,3 +34,9 @@ lint: install-tests
 format: install-tests
 	$(VENV_PYTHON) -m ruff check --fix .
 	$(VENV_PYTHON) -m ruff format .
+
+pictures: demo
+	PYTHONPATH=demo $(VENV_PYTHON) docs/make_pictures.py
+
+screenshots: install-tests
+	PYTHONPATH=demo:tests $(VENV_PYTHON) docs/make_screenshots.py

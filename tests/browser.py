@@ -46,7 +46,6 @@ class Frontend:
 
     def load(self, workflow: dict[str, Any]) -> None:
         """Load a workflow and wait until it is there."""
-        self.close_dialogs()
         self.page.evaluate("async (workflow) => { await app.loadGraphData(workflow) }", workflow)
         self.page.wait_for_function(f"app.graph.nodes.length === {len(workflow['nodes'])}")
 
@@ -68,6 +67,16 @@ class Frontend:
             [node_type, mode],
         )
 
+    def place(self, title: str, left: float, top: float, width: float, height: float) -> None:
+        """Move and resize the nodes of a title, in the graph's own units."""
+        self.page.evaluate(
+            """([title, pos, size]) => {
+                for (const node of app.graph.nodes.filter((node) => node.title === title))
+                    Object.assign(node, { pos, size })
+            }""",
+            [title, [left, top], [width, height]],
+        )
+
     def node_types(self) -> list[str]:
         """Types of all nodes on the canvas."""
         return list(self.page.evaluate("() => app.graph.nodes.map((node) => node.type)"))
@@ -84,11 +93,6 @@ class Frontend:
     def prompt(self) -> dict[str, dict[str, Any]]:
         """What the Run button would send."""
         return dict(self.page.evaluate("async () => (await app.graphToPrompt()).output"))
-
-    def close_dialogs(self) -> None:
-        """Close what covers the canvas, such as the list of missing models."""
-        self.page.keyboard.press("Escape")
-        self.page.wait_for_timeout(500)
 
     def run(self, timeout: float = 120.0) -> dict[str, Any]:
         """Press Run and wait for the prompt's end.
@@ -134,6 +138,7 @@ def open_frontend(server: ComfyServer, width: int = 1600, height: int = 900) -> 
         browser = playwright.chromium.launch(executable_path=find_browser(), args=ARGUMENTS)
         try:
             page = browser.new_page(viewport={"width": width, "height": height})
+            page.add_init_script("localStorage.setItem('vueNodesBannerDismissed', 'true')")  # an announcement
             page.set_default_timeout(15_000)
             page.goto(server.url)
             page.wait_for_function(READY, timeout=120_000)
