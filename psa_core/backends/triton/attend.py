@@ -68,7 +68,7 @@ def _attend_to_lists(
         first_slot = 1
         in_tile = offs_n[:, None] * HEAD_DIM + offs_d[None, :]
         tiles = begin << (LOG_BLOCK - LOG_N)
-        upcoming = tl.load(indices_ptr)
+        upcoming = tl.load(indices_ptr, mask=tiles > 0, other=0)
         for t in range(0, tiles):
             key_block = upcoming.to(tl.int64)
             upcoming = tl.load(indices_ptr + (tl.minimum(t + 1, tiles - 1) >> (LOG_BLOCK - LOG_N)))
