@@ -93,7 +93,7 @@ def main() -> None:
         del q, k, v, exact
     path = args.out / f"attention-{torch.cuda.get_device_name().lower().replace(' ', '-')}.json"
     args.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(describe_machine() | {"records": records}, indent=1) + "\n")
+    path.write_text(json.dumps(describe_machine(args.commit) | {"records": records}, indent=1) + "\n")
     print(f"wrote {path}")
 
 
@@ -113,6 +113,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--methods", type=names([*SDPA, "psa"]), default=[*SDPA, "psa"], help="likewise")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each, after one that is not")
+    parser.add_argument("--commit", default=checked_out_commit(), help="where there is no git: the commit measured")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -264,11 +265,21 @@ def tflops(case: Case, density: float, ms: float) -> float:
     return 4 * case.layout.tokens**2 * case.head_dim * case.heads * density / ms / 1e9
 
 
-def describe_machine() -> dict[str, Any]:
+def checked_out_commit() -> str:
+    """The repository's commit, with a plus if files differ from it; empty where git does not know."""
+
+    def git(*arguments: str) -> str:
+        run = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True)
+        return run.stdout.strip() if run.returncode == 0 else ""
+
+    commit = git("rev-parse", "--verify", "HEAD")
+    return commit + ("+" if commit and git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def describe_machine(commit: str) -> dict[str, Any]:
     """Device, versions and commit that the records belong to."""
     import triton
 
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
     return {"device": torch.cuda.get_device_name(), "versions": versions, "commit": commit}
 
