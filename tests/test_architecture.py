@@ -57,7 +57,9 @@ def imports(path: Path) -> Iterator[tuple[str, str]]:
             for alias in node.names:
                 # `from .backends import reference` imports a module, not a name in one.
                 inner = ROOT / module.replace(".", "/") / alias.name
-                is_module = bool(base) and (inner.with_suffix(".py").is_file() or (inner / "__init__.py").is_file())
+                is_module = bool(node.level) and (
+                    inner.with_suffix(".py").is_file() or (inner / "__init__.py").is_file()
+                )
                 yield (f"{module}.{alias.name}", "") if is_module else (module, alias.name)
 
 
