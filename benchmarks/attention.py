@@ -16,7 +16,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ from torch.nn.functional import scaled_dot_product_attention
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.inputs import structured  # noqa: E402
 from psa_core import PSAConfig, TokenLayout, TokenOrder, plan_order, psa_attention  # noqa: E402
 from psa_core.backends import triton as backend  # noqa: E402
+from psa_core.bench import config_of_density  # noqa: E402
 from psa_core.presets import load_presets  # noqa: E402
+from psa_core.synthetic import structured  # noqa: E402
 
 ERROR_HEADS = 6
 TARGET_DENSITY = 0.15
@@ -173,7 +174,9 @@ def measure_psa(
     order = plan_order(case.layout, PSAConfig(error_weight=0.0), "cuda")
     presets = load_presets(ROOT / "presets" / f"{case.family}.yaml") if case.family else {}
     configs = {name: preset.config for name, preset in presets.items()}
-    configs[f"density {TARGET_DENSITY}"] = config_of_density(case, order, q, k, v)
+    configs[f"density {TARGET_DENSITY}"] = config_of_density(
+        lambda config: density_of(case, order, config, q, k, v), TARGET_DENSITY
+    )
     records = []
     for name, config in configs.items():
 
@@ -201,20 +204,6 @@ def density_of(case: Case, order: TokenOrder, config: PSAConfig, q: Tensor, k: T
     """Mean density of all heads."""
     _, stats = psa_attention(q, k, v, layout=case.layout, config=config, order=order, backend="triton", stats=True)
     return float(stats.density.mean())
-
-
-def config_of_density(case: Case, order: TokenOrder, q: Tensor, k: Tensor, v: Tensor) -> PSAConfig:
-    """The default config with the error weight that gives the common density, by bisection of its logarithm."""
-    low, high = -20.0, 3.0
-    config = PSAConfig(error_weight=0.0)
-    for _ in range(12):
-        middle = (low + high) / 2
-        config = replace(config, error_weight=10.0 ** (middle / 2))
-        density = density_of(case, order, config, q, k, v)
-        if abs(density - TARGET_DENSITY) < 0.001:
-            break
-        low, high = (middle, high) if density > TARGET_DENSITY else (low, middle)
-    return config
 
 
 def time_stages(

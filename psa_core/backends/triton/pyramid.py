@@ -1,4 +1,7 @@
-"""One pass over keys and values: order, centre, pool and take variances; and one over queries for their squares."""
+"""One pass over keys and values: order, centre, pool and take variances; and one over queries for their squares.
+
+Programs of neighbouring heads are launched side by side: in ComfyUI's memory layout they read neighbouring addresses.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ def _sum_rows_kernel(
     x_ptr, partial_ptr, stride_b, stride_h, stride_n, stride_d, heads, tokens,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    chunk, z = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    z, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     x_ptr += (z // heads) * stride_b + (z % heads) * stride_h
     offs_d = tl.arange(0, HEAD_DIM)
     total = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
@@ -25,7 +28,7 @@ def _sum_rows_kernel(
         rows = chunk * ROWS + start + tl.arange(0, BLOCK)
         pointers = x_ptr + rows[:, None] * stride_n + offs_d[None, :] * stride_d
         total += tl.load(pointers, mask=(rows < tokens)[:, None], other=0.0).to(tl.float32)
-    tl.store(partial_ptr + (z * tl.num_programs(0) + chunk) * HEAD_DIM + offs_d, tl.sum(total, axis=0))
+    tl.store(partial_ptr + (z * tl.num_programs(1) + chunk) * HEAD_DIM + offs_d, tl.sum(total, axis=0))
 
 
 @triton.jit
@@ -84,7 +87,7 @@ def _pyramid_kernel(
     HAS_2: tl.constexpr, HAS_4: tl.constexpr, HAS_8: tl.constexpr, IS_KEY: tl.constexpr,
 ):  # fmt: skip
     # The block is held as eight tiles of every eighth place, so that neighbours merge without moving between threads.
-    block, z = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    z, block = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     is_video = block < video_blocks
     offs_d = tl.arange(0, HEAD_DIM)
     x_ptr += (z // heads) * stride_b + (z % heads) * stride_h
@@ -143,7 +146,7 @@ def _query_squares_kernel(
     q_ptr, tokens_ptr, squares_ptr, stride_b, stride_h, stride_n, stride_d, heads,
     QUERY_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    block, z = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    z, block = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     offs_d = tl.arange(0, HEAD_DIM)
     token = tl.load(tokens_ptr + block * QUERY_BLOCK + tl.arange(0, QUERY_BLOCK)).to(tl.int64)
     filled = token >= 0
@@ -151,7 +154,7 @@ def _query_squares_kernel(
     q = tl.load(q_ptr + token[:, None] * stride_n + offs_d[None, :] * stride_d, mask=filled[:, None], other=0.0)
     q = q.to(tl.float32)
     squares = tl.sum(q * q, axis=0) / tl.sum(filled.to(tl.float32), axis=0)
-    tl.store(squares_ptr + (z * tl.num_programs(0) + block) * HEAD_DIM + offs_d, squares)
+    tl.store(squares_ptr + (z * tl.num_programs(1) + block) * HEAD_DIM + offs_d, squares)
 
 
 def prepare(q: Tensor, k: Tensor, v: Tensor, order: TokenOrder, config: PSAConfig, scale: float) -> Prepared:
@@ -180,7 +183,7 @@ def _mean_key(k: Tensor) -> Tensor:
     batch, heads, tokens, head_dim = k.shape
     chunks = triton.cdiv(tokens, ROWS_PER_MEAN)
     partial = empty(k, batch * heads, chunks, head_dim, dtype=torch.float32)
-    _sum_rows_kernel[(chunks, batch * heads)](
+    _sum_rows_kernel[(batch * heads, chunks)](
         k, partial, *head_strides(k), heads, tokens, ROWS=ROWS_PER_MEAN, BLOCK=64, HEAD_DIM=head_dim
     )
     return partial.sum(1) / tokens
@@ -195,7 +198,7 @@ def _build_pyramid(
     rows = empty(x, z, layout.rows, head_dim, dtype=x.dtype)
     variance = empty(x, z, 4, table.blocks, *([head_dim] if is_key else []), dtype=torch.float32)
     power = empty(x, z, table.blocks, dtype=torch.float32)
-    _pyramid_kernel[(table.blocks, z)](
+    _pyramid_kernel[(z, table.blocks)](
         x, mean, table.tokens, rows, variance, power,
         *head_strides(x), heads, table.blocks, table.video_blocks, layout.rows, *layout.first[1:],
         KEY_BLOCK=table.size, HEAD_DIM=head_dim,
@@ -207,7 +210,7 @@ def _build_pyramid(
 def _query_squares(q: Tensor, table: BlockTable) -> Tensor:
     batch, heads, _, head_dim = q.shape
     squares = empty(q, batch * heads, table.blocks, head_dim, dtype=torch.float32)
-    _query_squares_kernel[(table.blocks, batch * heads)](
+    _query_squares_kernel[(batch * heads, table.blocks)](
         q, table.tokens, squares, *head_strides(q), heads, QUERY_BLOCK=table.size, HEAD_DIM=head_dim
     )
     return squares

@@ -10,7 +10,7 @@ WAVES = 48
 
 
 def structured(
-    grid: tuple[int, int, int], heads: int, head_dim: int, *, seed: int, device: str, dtype: torch.dtype
+    grid: tuple[int, int, int], heads: int, head_dim: int, *, seed: int, device: torch.device | str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Synthetic self-attention of a video: smooth content, noise, and 3-D rotary positions.
 

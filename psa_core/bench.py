@@ -1,0 +1,180 @@
+"""What PSA brings on this GPU: ``python -m psa_core.bench``.
+
+Times attention alone, dense and sparse, for videos of growing length, and says from how many tokens on sparse pays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from .attention import HEAD_DIMS, plan_order, psa_attention
+from .backends import triton_unavailable_reason
+from .config import PSAConfig
+from .layout import TokenLayout
+from .synthetic import structured
+
+HEIGHT, WIDTH = 30, 52  # tokens of a 480 x 832 Wan frame
+LENGTHS = (3, 5, 8, 13, 21, 31)  # latent frames
+REPEATS = 7
+DENSITY_TOLERANCE = 0.005
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One video length.
+
+    Args:
+        tokens: Tokens of the video.
+        dense_ms: Median time of PyTorch's own attention.
+        sparse_ms: Median time of PSA.
+        density: Share of the dense work that PSA did.
+    """
+
+    tokens: int
+    dense_ms: float
+    sparse_ms: float
+    density: float
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark and print its table; returns the process's exit status."""
+    args = _parse(arguments)
+    device = torch.device("cuda")
+    if not torch.cuda.is_available():
+        print("There is no CUDA device to measure on.", file=sys.stderr)
+        return 1
+    if reason := triton_unavailable_reason(device, args.dtype):
+        print(reason, file=sys.stderr)
+        return 1
+    print(f"{torch.cuda.get_device_name()}, {args.heads} heads of {args.head_dim}, {args.dtype}, batch 1")
+    print(f"{'tokens':>8} {'dense ms':>10} {'PSA ms':>10} {'density':>8} {'faster':>8}")
+    timings = []
+    for frames in args.frames:
+        timing = measure((frames, *args.frame), args.heads, args.head_dim, args.dtype, args.density)
+        timings.append(timing)
+        faster = f"{timing.dense_ms / timing.sparse_ms:.2f}x"
+        print(
+            f"{timing.tokens:>8} {timing.dense_ms:>10.3f} {timing.sparse_ms:>10.3f} {timing.density:>8.3f} {faster:>8}"
+        )
+    print(describe_crossover(timings))
+    return 0
+
+
+def measure(grid: tuple[int, int, int], heads: int, head_dim: int, dtype: torch.dtype, density: float) -> Timing:
+    """Time one video of ``grid`` tokens, dense and with PSA at about the given density."""
+    layout = TokenLayout(grid)
+    q, k, v = structured(grid, heads, head_dim, seed=0, device="cuda", dtype=dtype)
+    order = plan_order(layout, PSAConfig(error_weight=0.0), q.device)
+
+    def attend(config: PSAConfig) -> Tensor:
+        out = psa_attention(q, k, v, layout=layout, config=config, order=order, backend="triton")
+        assert isinstance(out, Tensor)
+        return out
+
+    def density_of(config: PSAConfig) -> float:
+        result = psa_attention(q, k, v, layout=layout, config=config, order=order, backend="triton", stats=True)
+        assert isinstance(result, tuple)
+        return float(result[1].density.mean())
+
+    config = config_of_density(density_of, density)
+    return Timing(
+        tokens=layout.tokens,
+        dense_ms=_median_ms(lambda: scaled_dot_product_attention(q, k, v)),
+        sparse_ms=_median_ms(lambda: attend(config)),
+        density=density_of(config),
+    )
+
+
+def config_of_density(density_of: Callable[[PSAConfig], float], wanted: float) -> PSAConfig:
+    """The default config with the error weight that gives a density, by bisection of its logarithm."""
+    low, high = -10.0, 2.0  # powers of ten
+    config = PSAConfig(error_weight=0.0)
+    for _ in range(14):
+        middle = (low + high) / 2
+        config = replace(config, error_weight=10.0**middle)
+        density = density_of(config)
+        if abs(density - wanted) < DENSITY_TOLERANCE:
+            break
+        low, high = (middle, high) if density > wanted else (low, middle)
+    return config
+
+
+def describe_crossover(timings: list[Timing]) -> str:
+    """From how many tokens on sparse pays, between the lengths that were measured."""
+    wins = [timing.sparse_ms < timing.dense_ms for timing in timings]
+    if all(wins):
+        return f"PSA is faster at every length measured, from {timings[0].tokens} tokens on."
+    if not wins[-1]:
+        return f"PSA is not faster at {timings[-1].tokens} tokens and below."
+    last_loss = max(index for index, won in enumerate(wins) if not won)
+    before, after = timings[last_loss], timings[last_loss + 1]
+    lost, gained = before.sparse_ms / before.dense_ms - 1, 1 - after.sparse_ms / after.dense_ms
+    tokens = before.tokens + (after.tokens - before.tokens) * lost / (lost + gained)
+    return f"PSA pays from about {round(tokens, -2):.0f} tokens on; as min_tokens, set {round(tokens, -2):.0f}."
+
+
+def _median_ms(run: Callable[[], Tensor]) -> float:
+    run()
+    times: list[float] = []
+    for _ in range(REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[REPEATS // 2]
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m psa_core.bench", description=__doc__)
+    parser.add_argument("--heads", type=_positive, default=12, help="attention heads (Wan 1.3B 12, 5B 24, 14B 40)")
+    parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, default=128, help="64 for CogVideoX")
+    parser.add_argument("--dtype", type=_dtype, default=torch.bfloat16, help="bf16, fp16 or fp32")
+    parser.add_argument("--density", type=_share, default=0.15, help="share of the dense work to do")
+    parser.add_argument(
+        "--frame", type=_positive, nargs=2, default=(HEIGHT, WIDTH), metavar=("ROWS", "COLUMNS"),
+        help="tokens of a frame: a Wan token is 16 x 16 pixels",
+    )  # fmt: skip
+    parser.add_argument(
+        "--frames",
+        type=_positive,
+        nargs="+",
+        default=LENGTHS,
+        help="lengths to time, in latent frames (4 of the video)",
+    )
+    return parser.parse_args(arguments)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
+    return value
+
+
+def _dtype(text: str) -> torch.dtype:
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if text not in dtypes:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(dtypes)}")
+    return dtypes[text]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
