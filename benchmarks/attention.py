@@ -270,7 +270,8 @@ def describe_machine(commit: str) -> dict[str, Any]:
     import triton
 
     versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
-    return {"device": torch.cuda.get_device_name(), "versions": versions, "commit": commit}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"device": device, "versions": versions, "commit": commit}
 
 
 def print_record(record: dict[str, Any]) -> None:

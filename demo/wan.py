@@ -77,13 +77,19 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(size.dim, size.dim) for _ in range(4))
         self.norm_q, self.norm_k = (nn.RMSNorm(size.dim, eps=1e-6) for _ in range(2))
 
-    def forward(self, x: Tensor, context: Tensor, angles: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def project(
+        self, x: Tensor, context: Tensor, angles: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values ``[B, H, N, 128]`` of ``x`` attending to ``context``."""
         v = self.v(context)
         q, k = self.norm_q(self.q(x)).to(v.dtype), self.norm_k(self.k(context)).to(v.dtype)
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (q, k, v))
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        out = functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def forward(self, x: Tensor, context: Tensor, angles: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        out = functional.scaled_dot_product_attention(*self.project(x, context, angles))
         return self.o(out.transpose(1, 2).flatten(2))
 
 
