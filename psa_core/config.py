@@ -31,6 +31,9 @@ class PSAConfig:
         levels: Levels in use, from fine to coarse. ``error`` needs level 1 and cannot skip.
         error_weight: Quality knob of ``error``, dimensionless; larger is cheaper, 0 is dense.
         ranges: For ``topk`` and ``threshold``: one ``(low, high)`` fraction per level, ascending from 0 to 1.
+        similarity_caps: For ``topk`` and ``threshold``: one ``(level, least similarity)`` per pooled level, from fine
+            to coarse. A key block is pooled no coarser than the coarsest of these levels at which the cosine of a
+            group's first and last key is, in the mean over its groups, above that; None for no such limit.
         variance_term: Add the clamped second-order term to pooled logits.
         order: Curve along which video tokens are laid out before they are cut into blocks.
         tile: Extent ``(t, h, w)`` in tokens of a tile, for ``order="tile"`` only (4x4x4 when not given).
@@ -49,6 +52,7 @@ class PSAConfig:
     levels: tuple[Level, ...] = (1, 2, 4, 8, "block")
     error_weight: float | None = None
     ranges: tuple[tuple[float, float], ...] | None = None
+    similarity_caps: tuple[tuple[int, float], ...] | None = None
     variance_term: bool = True
     order: Order = "gilbert"
     tile: tuple[int, int, int] | None = None
@@ -119,6 +123,8 @@ class PSAConfig:
             raise ValueError(f"levels: {self.levels!r}; selection 'error' needs level 1 and cannot skip")
         if self.ranges is not None:
             raise ValueError(f"ranges: {self.ranges!r} have no meaning with selection 'error'")
+        if self.similarity_caps is not None:
+            raise ValueError(f"similarity_caps: {self.similarity_caps!r} have no meaning with selection 'error'")
 
     def _check_ranked_selection(self) -> None:
         if self.error_weight is not None:
@@ -138,6 +144,24 @@ class PSAConfig:
             edge = high
         if edge != 1:
             raise ValueError(f"ranges: the last one ends at {edge:g}, not at 1")
+        self._check_similarity_caps()
+
+    def _check_similarity_caps(self) -> None:
+        caps = self.similarity_caps
+        if caps is None:
+            return
+        if 1 not in self.levels or "block" in self.levels:
+            raise ValueError(f"levels: {self.levels!r}; similarity_caps need level 1 and do not know 'block'")
+        pooled = tuple(level for level in self.levels if level in POOLED_LEVELS[1:])
+        pairs = isinstance(caps, tuple) and all(isinstance(cap, tuple) and len(cap) == 2 for cap in caps)
+        if not pairs or tuple(level for level, _ in caps) != pooled:
+            raise ValueError(
+                f"similarity_caps: {caps!r} is not one (level, least similarity) for each of the pooled levels "
+                f"{pooled!r}"
+            )
+        for level, similarity in caps:
+            if not _is_number(similarity) or not -1 <= similarity <= 1:
+                raise ValueError(f"similarity_caps: {similarity!r} of level {level} is not a cosine from -1 to 1")
 
 
 def level_code(level: Level, key_block: int) -> int:

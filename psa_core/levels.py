@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .config import PSAConfig
+from .config import SKIP_CODE, PSAConfig, level_code
 
 
 def select_by_error(
@@ -72,3 +72,42 @@ def select_by_rank(importance: Tensor, config: PSAConfig) -> Tensor:
     codes = torch.tensor(config.level_codes, dtype=torch.uint8, device=place.device)
     ranked = codes[torch.bucketize(place.contiguous(), edges, right=True)]
     return torch.empty_like(ranked).scatter_(-1, blocks, ranked)
+
+
+def cap_by_similarity(codes: Tensor, k: Tensor, places: Tensor, config: PSAConfig) -> Tensor:
+    """Pool no key block coarser than its keys resemble each other; what is skipped stays skipped.
+
+    A block's similarity at a level is the mean over its groups of the cosine of a group's first and last key. The
+    coarsest level whose similarity is above its cap is the limit, level 1 if there is none.
+
+    Args:
+        codes: Level codes ``[B, H, query blocks, video blocks]``, uint8.
+        k: Keys as they came, not centred ``[B, H, N, D]``.
+        places: Token at every place of every video block ``[video blocks, key_block]``, int32; -1 where there is none.
+        config: ``similarity_caps``.
+
+    Returns:
+        Level codes of the same shape.
+
+    Source: the similarity mask of the official PSA code, by whose definition first and last key stand for a group.
+    """
+    assert config.similarity_caps is not None
+    limits = torch.zeros(*k.shape[:2], len(places), dtype=torch.uint8, device=k.device)
+    for level, least in config.similarity_caps:
+        code = level_code(level, config.key_block)
+        limits = torch.where(_group_similarity(k, places, level) > least, code, limits)
+    skip = codes == SKIP_CODE
+    return torch.where(skip, codes, torch.minimum(codes, limits.unsqueeze(2)))
+
+
+def _group_similarity(k: Tensor, places: Tensor, group_size: int) -> Tensor:
+    """Mean over a block's groups of the cosine of their first and last key ``[B, H, video blocks]``."""
+    groups = places.long().view(len(places), -1, group_size)  # [blocks, groups, group_size]
+    counts = (groups >= 0).sum(-1)
+    last = groups.gather(-1, (counts - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    precision = torch.promote_types(k.dtype, torch.float32)
+    first_keys, last_keys = (k[:, :, ends.clamp(min=0)].to(precision) for ends in (groups[..., 0], last))
+    filled = counts > 0
+    cosines = torch.where(filled, torch.cosine_similarity(first_keys, last_keys, dim=-1), 0.0)
+    similarity: Tensor = cosines.sum(-1) / filled.sum(-1)
+    return similarity

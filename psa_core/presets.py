@@ -12,7 +12,8 @@ A file holds one family::
         error_weight: 0.002
         schedule: {start_percent: 0.2, dense_blocks: "0, -1", min_tokens: 8192}
 
-With ``selection: topk`` or ``threshold``, ``levels`` maps each level to its range: ``{1: [0, 0.4], skip: [0.4, 1]}``.
+With ``selection: topk`` or ``threshold``, ``levels`` maps each level to its range: ``{1: [0, 0.4], skip: [0.4, 1]}``,
+and ``similarity_caps`` maps each pooled level to its least similarity: ``{2: 0.7, 4: 0.65, 8: 0.6}``.
 What a preset does not mention takes the default of :class:`PSAConfig` or :class:`Schedule`.
 """
 
@@ -36,6 +37,7 @@ _CONFIG_KEYS = (
     "selection",
     "levels",
     "error_weight",
+    "similarity_caps",
     "variance_term",
     "order",
     "tile",
@@ -140,6 +142,8 @@ def dump_preset(preset: Preset) -> str:
             settings[key] = list(value) if isinstance(value, tuple) else value
     if config.ranges is not None:
         settings["levels"] = {level: list(bounds) for level, bounds in zip(config.levels, config.ranges, strict=True)}
+    if config.similarity_caps is not None:
+        settings["similarity_caps"] = dict(config.similarity_caps)
     settings["schedule"] = {key: getattr(schedule, key) for key in _SCHEDULE_KEYS}
     settings["schedule"]["dense_blocks"] = str(schedule.dense_blocks)
     document = {"family": preset.family, "presets": {preset.name: settings}}
@@ -174,6 +178,8 @@ def _config(given: dict[str, Any]) -> PSAConfig:
         )
     elif "levels" in given:
         given["levels"] = _tuple(levels)
+    if isinstance(given.get("similarity_caps"), dict):
+        given["similarity_caps"] = tuple(given["similarity_caps"].items())
     if "tile" in given:
         given["tile"] = _tuple(given["tile"])
     for key, value in given.items():

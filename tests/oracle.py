@@ -22,6 +22,9 @@ THRESHOLD = PSAConfig(
     ranges=((0, 0.3), (0.3, 0.5), (0.5, 0.7), (0.7, 0.9), (0.9, 1.0)),
 )
 
+CAPPED = dataclasses.replace(THRESHOLD, similarity_caps=((2, 0.35), (4, 0.4), (8, 0.45)))
+"""Similarities at which random inputs reach every limit."""
+
 
 def random_inputs(
     layout: TokenLayout, head_dim: int, *, batch: int = 1, heads: int = 2, seed: int = 0, spread: float = 1.0

@@ -12,6 +12,11 @@ from psa_pack.psa_core.backends import BackendUnavailable, triton_unavailable_re
 
 LAYOUT = TokenLayout((2, 3, 4))
 CONFIG = PSAConfig(error_weight=0.1)
+RANKED = {
+    "selection": "topk",
+    "levels": (1, 2, 8, "skip"),
+    "ranges": ((0, 0.1), (0.1, 0.2), (0.2, 0.6), (0.6, 1)),
+}
 
 
 def attend(**changes: Any) -> Any:
@@ -68,6 +73,16 @@ def test_attention_refuses(changes: dict[str, Any], message: str) -> None:
         ({"selection": "topk", "levels": (1, "skip"), "ranges": ((0, 0.2), (0.1, 1))}, "level 'skip' has [0.1, 1)"),
         ({"selection": "topk", "levels": (1, "skip"), "ranges": ((0, 0.2), (0.2, 0.9))}, "the last one ends at 0.9"),
         ({"selection": "topk", "levels": ("skip",), "ranges": ((0, 1),)}, "skip cannot be the only level"),
+        ({"error_weight": 0.1, "similarity_caps": ((2, 0.7),)}, "similarity_caps: ((2, 0.7),) have no meaning with"),
+        ({**RANKED, "similarity_caps": 0.7},
+         "similarity_caps: 0.7 is not one (level, least similarity) for each of the pooled levels (2, 8)"),
+        ({**RANKED, "similarity_caps": ((2, 0.7),)}, "similarity_caps: ((2, 0.7),) is not one (level,"),
+        ({**RANKED, "similarity_caps": ((2, 0.7), (4, 0.7))}, "for each of the pooled levels (2, 8)"),
+        ({**RANKED, "similarity_caps": ((2, 0.7), (8, 1.2))}, "1.2 of level 8 is not a cosine from -1 to 1"),
+        ({**RANKED, "levels": (2, 8, "skip"), "similarity_caps": ((2, 0.7), (8, 0.6)),
+          "ranges": ((0, 0.2), (0.2, 0.6), (0.6, 1))}, "similarity_caps need level 1 and do not know 'block'"),
+        ({**RANKED, "levels": (1, 2, 8, "block"), "similarity_caps": ((2, 0.7), (8, 0.6))},
+         "similarity_caps need level 1 and do not know 'block'"),
     ],
 )  # fmt: skip
 def test_config_refuses(settings: dict[str, Any], message: str) -> None:

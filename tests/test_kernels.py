@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from importlib import import_module
+from itertools import product
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from psa_pack.psa_core.self_check import self_check
 from torch import Tensor
 
 from oracle import (
+    CAPPED,
     MIXED,
     THRESHOLD,
     TOPK,
@@ -62,6 +64,7 @@ CASES: dict[str, tuple[TokenLayout, PSAConfig, int]] = {
     "topk with skip": (TokenLayout((3, 9, 15)), TOPK, 64),
     "topk, small blocks": (TokenLayout((3, 9, 11)), dataclasses.replace(TOPK, **SMALL), 64),
     "threshold with skip, text": (TokenLayout((3, 9, 11), video_start=5), THRESHOLD, 64),
+    "capped by similarity": (TokenLayout((3, 9, 11), video_start=5), CAPPED, 64),
 }
 
 
@@ -109,6 +112,29 @@ def test_each_step_is_the_references(layout: TokenLayout, config: PSAConfig, hea
     # near ties may fall either way, no more than a pair in fifty
     assert (own_pairs.cpu() - pairs).abs().sum() <= 2 + pairs.sum() // 25
     torch.testing.assert_close(own_density.cpu(), density, rtol=0.03, atol=0.003)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_similarity_caps_the_same_blocks(dtype: torch.dtype) -> None:
+    """At one importance, both backends list the same blocks at the same levels."""
+    layout, scale = TokenLayout((4, 12, 16), video_start=5), 0.125
+    q, k, v = low_precision(random_inputs(layout, 64), dtype)
+    host = tuple(x.cpu().double() for x in (q, k, v))
+    host_prepared = reference.prepare(*host, plan(layout, CAPPED), CAPPED, scale)
+    importance = reference.importance(host_prepared)
+    codes = reference.select(host_prepared, importance)
+    prepared = triton_backend().prepare(q, k, v, plan(layout, CAPPED, DEVICE), CAPPED, scale)
+    selection = triton_backend().select(prepared, importance.to(DEVICE))
+    order = prepared.order
+    assert order.keys.last_video_count == order.keys.size  # else the last block is not listed
+    video = codes[0, :, : order.queries.video_blocks, : order.keys.video_blocks]
+    assert {0, 1, 2, 3, 255} == set(video.flatten().tolist())
+    for h, i in product(range(video.shape[0]), range(video.shape[1])):
+        listed = selection.indices[h, i].tolist()
+        for slot, code in enumerate((0, 1, 2, 3)):
+            count = int(selection.counts[h, i, slot])
+            assert listed[:count] == (video[h, i] == code).nonzero().flatten().tolist()
+            listed = listed[count:]
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from psa_pack.psa_core.config import PSAConfig
+from psa_pack.psa_core.models import cogvideox
 from psa_pack.psa_core.models.wan import FAMILIES, detect_family
 from psa_pack.psa_core.presets import MAX_FILE_BYTES, Preset, PresetError, dump_preset, load_presets, parse_presets
 from psa_pack.psa_core.schedule import BlockList, Schedule
@@ -26,17 +28,52 @@ def parse(settings: str) -> Preset:
 @pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
 def test_bundled_presets_load_and_say_where_they_come_from(path: Path) -> None:
     presets = load_presets(path)
-    assert list(presets) == ["balanced", "quality", "fast"]
+    assert list(presets)[:3] == ["balanced", "quality", "fast"]
     for name, preset in presets.items():
         assert (preset.name, preset.family) == (name, path.stem)
         assert preset.description
-        assert "small model until measured on yours" in preset.source
+        official = name.startswith("official_")
+        assert ("the official attention_config.yaml" if official else "small model until measured") in preset.source
     weights = [presets[name].config.error_weight for name in ("quality", "balanced", "fast")]
     assert weights == sorted(set(weights))  # type: ignore[type-var]
 
 
+SKIP_FROM_80 = ((0.7, 0.8), (0.8, 1))
+
+# family, preset, selection, query and key block, levels but skip, ranges, similarity caps, dense steps of all
+OFFICIAL = [
+    ("wan2.1_14b", "official_balanced", "threshold", 128, 128, (1, 2, 4, 8),
+     ((0, 0.4), (0.4, 0.5), (0.5, 0.6), (0.6, 0.8), (0.8, 1)), None, 15 / 50),
+    ("wan2.1_1.3b", "official_balanced", "threshold", 128, 128, (1, 2, 4, 8),
+     ((0, 0.5), (0.5, 0.6), (0.6, 0.7), *SKIP_FROM_80), ((2, 0.7), (4, 0.65), (8, 0.6)), 15 / 50),
+    ("wan2.1_1.3b", "official_topk", "topk", 128, 32, (1, 2, 4, 8),
+     ((0, 0.05), (0.05, 0.1), (0.1, 0.15), (0.15, 0.25), (0.25, 1)), None, 15 / 50),
+    ("wan2.2_a14b", "official_balanced", "threshold", 128, 32, (1, 2, 8),
+     ((0, 0.5), (0.5, 0.6), (0.6, 0.8), (0.8, 1)), None, 12 / 40),
+    ("wan2.2_5b", "official_balanced", "threshold", 128, 32, (1, 2, 8),
+     ((0, 0.6), (0.6, 0.7), *SKIP_FROM_80), None, 15 / 50),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", OFFICIAL, ids=lambda row: f"{row[0]} {row[1]}")
+def test_an_official_preset_has_the_official_numbers(row: tuple[Any, ...]) -> None:
+    family, name, selection, query_block, key_block, levels, ranges, caps, dense = row
+    preset = load_presets(ROOT / "presets" / f"{family}.yaml")[name]
+    assert preset.config == PSAConfig(
+        selection=selection,
+        levels=(*levels, "skip"),
+        ranges=ranges,
+        similarity_caps=caps,
+        variance_term=False,
+        order="gilbert",
+        query_block=query_block,
+        key_block=key_block,
+    )
+    assert preset.schedule == Schedule(start_percent=dense)
+
+
 def test_every_family_has_its_presets() -> None:
-    assert {path.stem for path in BUNDLED} == {family.preset_family for family in FAMILIES}
+    assert {path.stem for path in BUNDLED} == {family.preset_family for family in (*FAMILIES, *cogvideox.FAMILIES)}
 
 
 def test_what_a_preset_leaves_out_takes_the_default() -> None:
@@ -49,7 +86,8 @@ def test_what_a_preset_leaves_out_takes_the_default() -> None:
 def test_everything_that_a_preset_can_say() -> None:
     preset = parse(
         "description: d, source: s, selection: threshold, levels: {1: [0, 0.4], 8: [0.4, 0.7], skip: [0.7, 1]}, "
-        "variance_term: false, order: tile, tile: [2, 8, 8], query_block: 64, key_block: 32, importance_stride: 1, "
+        "similarity_caps: {8: 0.6}, variance_term: false, order: tile, tile: [2, 8, 8], query_block: 64, "
+        "key_block: 32, importance_stride: 1, "
         'schedule: {start_percent: 0.25, end_percent: 0.9, dense_blocks: "0, -1", min_tokens: 5000}'
     )
     assert preset == Preset(
@@ -61,6 +99,7 @@ def test_everything_that_a_preset_can_say() -> None:
             selection="threshold",
             levels=(1, 8, "skip"),
             ranges=((0, 0.4), (0.4, 0.7), (0.7, 1)),
+            similarity_caps=((8, 0.6),),
             variance_term=False,
             order="tile",
             tile=(2, 8, 8),
@@ -108,6 +147,11 @@ def test_a_dumped_preset_is_the_same_preset(path: Path) -> None:
         ("selection: topk, levels: {1: [0, 0.5], skip: [0.5, 0.9]}", "ranges: the last one ends at 0.9, not at 1"),
         ("selection: topk, levels: {1: [0.5, 0], skip: [0, 1]}", "ranges: level 1 has [0.5, 0)"),
         ("selection: topk, levels: {1: half, skip: [0.5, 1]}", "ranges: 'half' of level 1 is not a pair of numbers"),
+        (
+            "selection: topk, levels: {1: [0, 0.5], 2: [0.5, 1]}, similarity_caps: 0.7",
+            "similarity_caps: 0.7 is not one (level, least similarity) for each of the pooled levels (2,)",
+        ),
+        ("error_weight: 1, similarity_caps: {2: 0.7}", "have no meaning with selection 'error'"),
         ("selection: magic, error_weight: 1", "selection: 'magic' is not one of error, topk, threshold"),
         ("selection: [topk], error_weight: 1", "selection: ['topk'] is not one of"),
         ("error_weight: 1, order: spiral", "order: 'spiral' is not one of gilbert, tile, raster"),

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import product
 
 import pytest
 import torch
 from psa_pack.psa_core import PSAConfig, TokenLayout, psa_attention
-from psa_pack.psa_core.levels import select_by_error, select_by_rank
+from psa_pack.psa_core.backends import reference
+from psa_pack.psa_core.levels import cap_by_similarity, select_by_error, select_by_rank
+from torch import Tensor
 
 from oracle import (
+    CAPPED,
     MIXED,
     THRESHOLD,
     TOPK,
@@ -33,7 +37,7 @@ SMALL_BLOCKS = {"query_block": 64, "key_block": 32}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("config", [MIXED, TOPK, THRESHOLD], ids=lambda config: config.selection)
+@pytest.mark.parametrize("config", [MIXED, TOPK, THRESHOLD, CAPPED], ids=["error", "topk", "threshold", "capped"])
 def test_attention_is_the_loops(layout: TokenLayout, config: PSAConfig) -> None:
     config = dataclasses.replace(config, **SMALL_BLOCKS)
     q, k, v = random_inputs(layout, 64, batch=2, heads=1)
@@ -46,7 +50,7 @@ def test_attention_is_the_loops(layout: TokenLayout, config: PSAConfig) -> None:
 
 def test_the_cases_above_use_every_level() -> None:
     layout = TokenLayout((6, 16, 16))
-    for config in (MIXED, TOPK, THRESHOLD):
+    for config in (MIXED, TOPK, THRESHOLD, CAPPED):
         q, k, v = random_inputs(layout, 64)
         _, stats = psa_attention(q, k, v, layout=layout, config=config, backend="reference", stats=True)
         assert stats.level_pairs.sum(dim=(0, 1)).min() > 0, config.selection
@@ -140,6 +144,45 @@ def test_threshold_looks_at_the_mass_before_a_block() -> None:
     importance = torch.tensor([[[[0.02, 0.75, 0.2, 0.03]]]], dtype=torch.float64)
     config = dataclasses.replace(THRESHOLD, levels=(1, 2, "skip"), ranges=((0.0, 0.7), (0.7, 0.96), (0.96, 1.0)))
     assert select_by_rank(importance, config).tolist() == [[[[255, 0, 1, 1]]]]
+
+
+def limit_of(keys: Tensor, caps: tuple[tuple[int, float], ...]) -> int:
+    """The definition: coarsest level code of a block of keys ``[n, D]`` whose groups' ends resemble each other."""
+    limit = 0
+    for level, least in caps:
+        groups = [keys[start : start + level] for start in range(0, len(keys), level)]
+        cosines = [float(group[0] @ group[-1] / (group[0].norm() * group[-1].norm())) for group in groups]
+        if sum(cosines) / len(cosines) > least:
+            limit = level.bit_length() - 1
+    return limit
+
+
+@pytest.mark.parametrize("layout", [TokenLayout((6, 16, 16), 9), TokenLayout((3, 7, 10))], ids=["text first", "ragged"])
+def test_no_block_is_pooled_further_than_its_keys_resemble_each_other(layout: TokenLayout) -> None:
+    q, k, v = random_inputs(layout, 64, batch=2)
+    order = plan(layout, CAPPED)
+    prepared = reference.prepare(q, k, v, order, CAPPED, 0.125)
+    rows, blocks = order.queries.video_blocks, order.keys.video_blocks
+    uncapped = select_by_rank(reference.importance(prepared)[:, :, :rows, :blocks], CAPPED)
+    capped = reference_codes(q, k, v, order, CAPPED, 0.125)[:, :, :rows, :blocks]
+    places = order.keys.tokens.view(-1, CAPPED.key_block)[:blocks].tolist()
+    assert CAPPED.similarity_caps is not None
+    for b, h, j in product(range(2), range(2), range(blocks)):
+        limit = limit_of(k[b, h, [token for token in places[j] if token >= 0]], CAPPED.similarity_caps)
+        expected = [code if code == 255 else min(code, limit) for code in uncapped[b, h, :, j].tolist()]
+        assert capped[b, h, :, j].tolist() == expected
+
+
+def test_every_limit_is_its_own() -> None:
+    """A coarse level may be allowed where a finer one is not, as in the official code; skip is no pooling."""
+    config = dataclasses.replace(CAPPED, key_block=32, similarity_caps=((2, 0.9), (4, 0.9), (8, 0.9)))
+    k = torch.eye(8, 64).repeat(4, 1)
+    k[7::8] = k[::8]  # first and last of eight are equal, all others differ
+    codes = torch.tensor([[[[0], [1], [2], [3], [255]]]], dtype=torch.uint8)
+    places = torch.arange(32, dtype=torch.int32)[None]
+    assert cap_by_similarity(codes, k[None, None], places, config).flatten().tolist() == [0, 1, 2, 3, 255]
+    apart = torch.eye(32, 64)[None, None]
+    assert cap_by_similarity(codes, apart, places, config).flatten().tolist() == [0, 0, 0, 0, 255]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -15,7 +15,7 @@ from ..importance import (
     block_importance,
     logit_variance,
 )
-from ..levels import select_by_error, select_by_rank
+from ..levels import cap_by_similarity, select_by_error, select_by_rank
 from ..ordering import BlockTable, TokenOrder
 from ..pooling import Pooled, centre_keys, gather_blocks, pool_blocks
 
@@ -28,6 +28,7 @@ class Prepared:
         order: Index tables.
         config: The call's settings.
         scale: Softmax scale.
+        k: Keys as they came ``[B, H, N, D]``.
         queries: Queries in blocks ``[B, H, query blocks, size, D]``.
         query_squares: Mean over a block's rows of q squared ``[B, H, query blocks, D]``, fp64.
         pyramid: One entry per level of the config that is not skip, level 1 first; level 1 is there in any case.
@@ -38,6 +39,7 @@ class Prepared:
     order: TokenOrder
     config: PSAConfig
     scale: float
+    k: Tensor
     queries: Tensor
     query_squares: Tensor
     pyramid: tuple[Pooled, ...]
@@ -62,6 +64,7 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, order: TokenOrder, config: PSAConfi
         order=order,
         config=config,
         scale=scale,
+        k=k,
         queries=queries,
         query_squares=queries.square().sum(3) / order.queries.counts.double()[:, None],
         pyramid=tuple(pool_blocks(keys, values, order.keys, size) for size in sizes),
@@ -102,6 +105,9 @@ def select(prepared: Prepared, importance: Tensor) -> Tensor:
         )
     else:
         codes = select_by_rank(mass, prepared.config)
+        if prepared.config.similarity_caps is not None:
+            places = prepared.order.keys.tokens.view(-1, prepared.order.keys.size)[:video_keys]
+            codes = cap_by_similarity(codes, prepared.k.double(), places, prepared.config)
     everything = torch.zeros(importance.shape, dtype=torch.uint8, device=importance.device)
     everything[:, :, :video_rows, :video_keys] = codes
     return everything

@@ -165,6 +165,7 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, order: TokenOrder, config: PSAConfi
     values, value_variance, power = _build_pyramid(v, None, order.keys, layout, config)
     return Prepared(
         q=q,
+        k=k,
         order=order,
         config=config,
         scale=scale,

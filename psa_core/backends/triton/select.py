@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...config import level_code
 from ...importance import LEVEL_BIAS_CLAMP
-from ...levels import select_by_rank
+from ...levels import cap_by_similarity, select_by_rank
 from .storage import COUNTS, SLOTS, Prepared, Selection, empty, statistics_precision
 
 
@@ -116,7 +116,11 @@ def select(prepared: Prepared, importance: Tensor) -> Selection:
         codes = empty(importance, *_pair_shape(prepared), dtype=torch.uint8)
         return _list_blocks(prepared, codes, _run_level_kernel(prepared, codes, importance))
     rows, keys = prepared.order.queries.video_blocks, prepared.order.keys.video_blocks
-    return select_given(prepared, select_by_rank(importance[:, :, :rows, :keys], prepared.config))
+    codes = select_by_rank(importance[:, :, :rows, :keys], prepared.config)
+    if prepared.config.similarity_caps is not None:
+        places = prepared.order.keys.tokens.view(-1, prepared.order.keys.size)[:keys]
+        codes = cap_by_similarity(codes, prepared.k, places, prepared.config)
+    return select_given(prepared, codes)
 
 
 def select_given(prepared: Prepared, codes: Tensor) -> Selection:

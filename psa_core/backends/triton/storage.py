@@ -49,6 +49,7 @@ class Prepared:
 
     Args:
         q: Queries as they came ``[B, H, N, D]``.
+        k: Keys as they came, likewise.
         order: Index tables.
         config: The call's settings.
         scale: Softmax scale.
@@ -62,6 +63,7 @@ class Prepared:
     """
 
     q: Tensor
+    k: Tensor
     order: TokenOrder
     config: PSAConfig
     scale: float
@@ -102,7 +104,9 @@ def workspace_bytes_per_head(q: Tensor, order: TokenOrder, config: PSAConfig) ->
     statistics = 4 * (4 * keys.blocks * (head_dim + 1) + queries.blocks * head_dim)
     sums = 4 * head_dim * -(-q.shape[2] // ROWS_PER_MEAN)
     pairs = queries.blocks * keys.blocks * (4 + 1 + 4 + 4 + 4) + 4 * COUNTS * queries.blocks
-    return pyramid + statistics + sums + pairs
+    # first and last keys of all pairs of tokens, in their own precision and fp32, and the latter's products
+    similarity = 12 * keys.blocks * keys.size * head_dim if config.similarity_caps else 0
+    return pyramid + statistics + sums + pairs + similarity
 
 
 def head_strides(x: Tensor) -> tuple[int, int, int, int]:
