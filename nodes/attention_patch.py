@@ -106,9 +106,9 @@ class PSAAttentionPatch(io.ComfyNode):
             display_name="PSA Attention Patch",
             category="model/patch",
             description=(
-                "Renders Wan 2.1 and 2.2 videos faster: self-attention over the video spends full resolution only "
-                "where it matters (Pyramid Sparse Attention). Put it between the model loader and the sampler. "
-                "Models and calls that it does not know run as they would without it, and the node says why."
+                "Renders Wan 2.1, Wan 2.2 and CogVideoX videos faster: self-attention over the video spends full "
+                "resolution only where it matters (Pyramid Sparse Attention). Put it between the model loader and the "
+                "sampler. Models and calls that it does not know run as they would without it, and the node says why."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The video model to speed up. The node changes a copy of it."),

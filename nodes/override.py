@@ -116,6 +116,7 @@ class AttentionOverride:
         self._sequence = sequence
         self._previous = previous
         self._block: int | None = None
+        self._calls = 0
         # Calls with single-owner tensor containers are only for overrides that say they take them.
         if hasattr(previous, "container_function"):
             self.container_function = previous.container_function
@@ -123,6 +124,8 @@ class AttentionOverride:
     # A gate that torch.compile traced would be frozen at its first answer.
     @torch.compiler.disable
     def __call__(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        if self._sequence.one_call_per_block:
+            self._block, self._calls = self._calls, self._calls + 1
         call = AttentionCall.read(*args, **kwargs)
         if call is None or not self._spans_the_video(call):
             self._session.count_other()

@@ -11,7 +11,13 @@ import torch
 from comfy.ldm.wan.model import CameraWanModel, WanModel
 
 from ..psa_core import TokenLayout
+from ..psa_core.models import cogvideox
 from ..psa_core.models.wan import detect_family
+
+try:
+    from comfy.ldm.cogvideo.model import CogVideoXTransformer3DModel
+except ImportError:  # a ComfyUI before its native CogVideoX
+    CogVideoXTransformer3DModel = None
 
 # Exact classes, not their subclasses: those add tokens and attention calls of their own.
 _KNOWN_CLASSES = (WanModel, CameraWanModel)
@@ -43,10 +49,12 @@ class VideoSequence:
     Args:
         layout: Where the video is in it.
         context_lengths: Tokens of the texts and images that its cross attention may look at.
+        one_call_per_block: Every block makes exactly one attention call, so that counting them tells the block.
     """
 
     layout: TokenLayout
     context_lengths: frozenset[int]
+    one_call_per_block: bool = False
 
 
 def identify(model: torch.nn.Module) -> ModelFacts:
@@ -57,6 +65,8 @@ def identify(model: torch.nn.Module) -> ModelFacts:
     """
     # Some nodes put torch.compile's shell around the model that the user connects.
     model = getattr(model, "_orig_mod", model)
+    if _is_cogvideox(model):
+        return _identify_cogvideox(model)
     _check_class(model)
     family, note = detect_family(model.dim, len(model.blocks), model.out_dim)
     return ModelFacts(family.preset_family, note, len(model.blocks))
@@ -68,12 +78,15 @@ def read_sequence(model: torch.nn.Module, arguments: Mapping[str, Any]) -> Video
     Raises:
         UnsupportedModel: the model is of no class that PSA knows, or its input is not a video latent.
     """
-    _check_class(model)
+    if not _is_cogvideox(model):
+        _check_class(model)
     if not {"x", "context"} <= arguments.keys():
         raise UnsupportedModel(f"another node has given {type(model).__name__} a forward function that PSA cannot read")
     x = arguments["x"]
     if x.dim() != 5:
         raise UnsupportedModel(f"the latent has shape {tuple(x.shape)}, not [batch, channels, frames, height, width]")
+    if _is_cogvideox(model):
+        return _read_cogvideox(model, arguments)
     grid = _token_grid(x.shape[2:], model.patch_size)
     before = 0
     reference = arguments.get("reference_latent")
@@ -99,10 +112,28 @@ def read_sigma(options: Mapping[str, Any]) -> float:
     return float(sigmas.flatten()[0])
 
 
+def _is_cogvideox(model: torch.nn.Module) -> bool:
+    return type(model) is CogVideoXTransformer3DModel
+
+
+def _identify_cogvideox(model: torch.nn.Module) -> ModelFacts:
+    blocks = len(model.blocks)
+    family, note = cogvideox.detect_family(model.num_attention_heads, blocks, model.patch_size_t or 1)
+    return ModelFacts(family.preset_family, note, blocks)
+
+
+def _read_cogvideox(model: torch.nn.Module, arguments: Mapping[str, Any]) -> VideoSequence:
+    # Text and video attend together, text first; the model pads the latent to whole patches.
+    patch = (model.patch_size_t or 1, model.patch_size, model.patch_size)
+    layout = TokenLayout(_token_grid(arguments["x"].shape[2:], patch), video_start=arguments["context"].shape[1])
+    return VideoSequence(layout, frozenset(), one_call_per_block=True)
+
+
 def _check_class(model: torch.nn.Module) -> None:
     if type(model) not in _KNOWN_CLASSES:
-        known = ", ".join(cls.__name__ for cls in _KNOWN_CLASSES)
-        raise UnsupportedModel(f"{type(model).__name__} is not a model that PSA knows ({known}: Wan 2.1 and 2.2 video)")
+        wan = ", ".join(cls.__name__ for cls in _KNOWN_CLASSES)
+        known = f"{wan}: Wan 2.1 and 2.2 video; CogVideoXTransformer3DModel: CogVideoX"
+        raise UnsupportedModel(f"{type(model).__name__} is not a model that PSA knows ({known})")
 
 
 def _token_grid(shape: Iterable[int], patch_size: tuple[int, int, int]) -> tuple[int, int, int]:

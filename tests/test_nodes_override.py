@@ -36,7 +36,7 @@ def call(comfyui: Path) -> Callable[..., tuple[Tensor, Any]]:
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
         preset = Preset("exact", "test", "", "", PSAConfig(error_weight=0.0), Schedule())
-        session = Session(PatchSettings("test", "", preset, dense_blocks, "auto", False), lambda p: 1 - p, print)
+        session = Session(PatchSettings("test", "", preset, dense_blocks, "reference", False), lambda p: 1 - p, print)
         layout = TokenLayout(GRID)
         session.begin_model_call(0.5, layout)
         override = AttentionOverride(session, VideoSequence(layout, frozenset({context})), previous)

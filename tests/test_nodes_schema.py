@@ -66,7 +66,7 @@ def test_the_patch_shows_two_inputs_and_keeps_the_rest_for_experts(nodes: dict[s
 
 
 def test_the_loader_lists_every_bundled_preset(nodes: dict[str, Any]) -> None:
-    families = ("wan2.1_1.3b", "wan2.1_14b", "wan2.2_5b", "wan2.2_a14b")
+    families = ("cogvideox_5b", "cogvideox1.5_5b", "wan2.1_1.3b", "wan2.1_14b", "wan2.2_5b", "wan2.2_a14b")
     expected = {f"{family}/{name}" for family in families for name in ("balanced", "quality", "fast")}
     assert expected <= set(inputs(nodes["PSAPresetLoader"])["preset"][1]["options"])
 
@@ -118,7 +118,7 @@ def test_a_broken_file_leaves_the_others_and_says_what_is_wrong(
     ("choice", "message"),
     [
         ("wan2.1_14b/best", "preset: wan2.1_14b.yaml has no preset 'best'; it has balanced, quality, fast"),
-        ("wan9/balanced", "preset: 'wan9/balanced' is not there; there are wan2.1_1.3b/balanced"),
+        ("wan9/balanced", "preset: 'wan9/balanced' is not there; there are cogvideox1.5_5b/balanced"),
         ("user/gone/mine", "preset: 'user/gone/mine' is not there"),
         ("", "preset: '' is not there"),
         ("user/../secret/mine", "preset: 'user/../secret/mine' is not there"),

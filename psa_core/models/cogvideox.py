@@ -1,0 +1,67 @@
+"""CogVideoX: what tells the models apart, and their official sampling settings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+HEAD_DIM = 64
+
+TEXT_TOKENS = 226
+"""Length that the official text encoding pads to; the text comes before the video."""
+
+
+@dataclass(frozen=True)
+class CogVideoXFamily:
+    """One size of CogVideoX.
+
+    Args:
+        preset_family: Name of its preset file.
+        title: What people call it.
+        heads: Attention heads of 64 dimensions each.
+        blocks: Number of transformer blocks.
+        patch_size: Latent frames, rows and columns that become one token.
+        in_channels: Channels that go in: text to video, image to video where there is one.
+        vae_stride: Frames, rows and columns of video that become one latent position.
+        official_steps: Sampling steps of the official inference code.
+    """
+
+    preset_family: str
+    title: str
+    heads: int
+    blocks: int
+    patch_size: tuple[int, int, int]
+    in_channels: tuple[int, ...]
+    vae_stride: tuple[int, int, int] = (4, 8, 8)
+    official_steps: int = 50
+
+
+COGVIDEOX_2B = CogVideoXFamily("cogvideox_5b", "CogVideoX-2B", 30, 30, (1, 2, 2), (16,))
+COGVIDEOX_5B = CogVideoXFamily("cogvideox_5b", "CogVideoX-5B", 48, 42, (1, 2, 2), (16, 32))
+COGVIDEOX15_5B = CogVideoXFamily("cogvideox1.5_5b", "CogVideoX1.5-5B", 48, 42, (2, 2, 2), (16, 32))
+
+FAMILIES = (COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX15_5B)
+
+
+def detect_family(heads: int, blocks: int, patch_frames: int) -> tuple[CogVideoXFamily, str]:
+    """Find the family of a CogVideoX model by its size.
+
+    Input channels do not count: fine-tunes add control and mask channels of their own.
+
+    Args:
+        heads: Attention heads.
+        blocks: Number of transformer blocks.
+        patch_frames: Latent frames that become one token: 1 before CogVideoX1.5, 2 from there on.
+
+    Returns:
+        The family, and a note for the user where its presets were made for another size (empty otherwise). A size
+        that nobody released goes to the family of the same patch and the nearest width.
+    """
+    same_patch = [family for family in FAMILIES if family.patch_size[0] == patch_frames] or list(FAMILIES)
+    nearest = min(same_patch, key=lambda family: abs(math.log(family.heads / heads)))
+    if (nearest.heads, nearest.blocks, nearest.patch_size[0]) != (heads, blocks, patch_frames):
+        note = f"no released CogVideoX has {heads} heads and {blocks} blocks; {nearest.title} is the nearest"
+        return nearest, note
+    if nearest is COGVIDEOX_2B:
+        return nearest, f"{nearest.title} has no presets of its own; those of {COGVIDEOX_5B.title} are used"
+    return nearest, ""
