@@ -1,7 +1,10 @@
-"""Time, error and memory of one attention call: dense backends, and PSA at every preset and at fixed densities.
+"""Time, error and memory of one attention call: dense backends, peers, and PSA at every preset and at one density.
 
     python benchmarks/attention.py                     everything, on a CUDA device (several minutes)
-    python benchmarks/attention.py --cases wan2.1_14b --methods cudnn,psa
+    python benchmarks/attention.py --cases wan2.1_14b --inputs structured --methods cudnn,psa
+
+Inputs are synthetic (``structured``) or captured from the demo's model at three noise levels (``learned``, head dim 128
+only). Peers are measured where they are installed: comfy-kitchen's int8_attention and sol_attn.
 
 Writes ``attention-<device>.json``: ``{device, versions, commit, records}``, a record per case, input, method and
 preset. Times are medians of CUDA events; ``effective_tflops`` are the FLOPs that the levels need over the time of the
@@ -11,12 +14,14 @@ attention kernel; errors are against fp32 dense attention on a sample of heads, 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +33,7 @@ from torch.nn.functional import scaled_dot_product_attention
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.learned import capture  # noqa: E402
 from psa_core import PSAConfig, TokenLayout, TokenOrder, plan_order, psa_attention  # noqa: E402
 from psa_core.backends import triton as backend  # noqa: E402
 from psa_core.bench import config_of_density  # noqa: E402
@@ -37,6 +43,10 @@ from psa_core.synthetic import structured  # noqa: E402
 ERROR_HEADS = 6
 TARGET_DENSITY = 0.15
 SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+PEERS = ("int8_attention", "sol_attn")
+SOL_TAUS = (0.5, 1.0, 2.0)  # its routing threshold: larger is cheaper
+NOISES = (0.9, 0.6, 0.3)
+INPUTS = ("structured", *(f"learned {noise}" for noise in NOISES))
 
 
 @dataclass(frozen=True)
@@ -76,22 +86,21 @@ def main() -> None:
     args = parse_arguments()
     records: list[dict[str, Any]] = []
     for name in args.cases:
-        case = CASES[name]
-        q, k, v = make_inputs(case)
-        exact = exact_heads(q, k, v)
-        common = {
-            "case": name,
-            "input": "structured",
-            "tokens": case.layout.tokens,
-            "heads": case.heads,
-            "head_dim": case.head_dim,
-        }
-        for method in args.methods:
-            measure = measure_psa if method == "psa" else measure_dense
-            for record in measure(method, case, q, k, v, exact, args.repeats):
-                records.append(common | record)
-                print_record(records[-1])
-        del q, k, v, exact
+        for input_name, (q, k, v) in make_inputs(CASES[name], args.inputs):
+            case = replace(CASES[name], heads=q.shape[1])
+            exact = exact_heads(q, k, v)
+            common = {
+                "case": name,
+                "input": input_name,
+                "tokens": case.layout.tokens,
+                "heads": case.heads,
+                "head_dim": case.head_dim,
+            }
+            for method in args.methods:
+                measure = measure_psa if method == "psa" else measure_peer if method in PEERS else measure_dense
+                for record in measure(method, case, q, k, v, exact, args.repeats):
+                    records.append(common | record)
+                    print_record(records[-1])
     path = args.out / f"attention-{torch.cuda.get_device_name().lower().replace(' ', '-')}.json"
     args.out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(describe_machine(args.commit) | {"records": records}, indent=1) + "\n")
@@ -112,7 +121,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--cases", type=names(list(CASES)), default=list(CASES), help="beginnings of names, comma between"
     )
-    parser.add_argument("--methods", type=names([*SDPA, "psa"]), default=[*SDPA, "psa"], help="likewise")
+    parser.add_argument("--inputs", type=names(list(INPUTS)), default=list(INPUTS), help="likewise")
+    methods = [*SDPA, *PEERS, "psa"]
+    parser.add_argument("--methods", type=names(methods), default=methods, help="likewise")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each, after one that is not")
     parser.add_argument("--commit", default=checked_out_commit(), help="where there is no git: the commit measured")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
@@ -122,8 +133,19 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def make_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v ``[1, H, N, D]``, bf16, in the memory layout in which ComfyUI passes them."""
+def make_inputs(case: Case, wanted: list[str]) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor]]]:
+    """q, k, v ``[1, H, N, D]``, bf16, in the memory layout in which ComfyUI passes them, one kind after the other."""
+    if "structured" in wanted:
+        yield "structured", structured_inputs(case)
+    noises = tuple(noise for noise in NOISES if f"learned {noise}" in wanted)
+    if noises and case.head_dim == 128:
+        captured = capture(case.grid, noises, seed=0, device="cuda", dtype=torch.bfloat16)
+        for noise in noises:
+            yield f"learned {noise}", captured.pop(noise)
+
+
+def structured_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Synthetic video tokens behind random text tokens."""
     video = structured(case.grid, case.heads, case.head_dim, seed=0, device="cuda", dtype=torch.bfloat16)
     tensors = []
     for index, x in enumerate(video):
@@ -165,6 +187,26 @@ def measure_dense(
         out, ms, extra = timed(lambda: scaled_dot_product_attention(q, k, v), repeats)
     record = {"method": method, "preset": "", "ms": ms, "effective_tflops": tflops(case, 1.0, ms), "density": 1.0}
     return [record | errors(out, exact) | {"extra_mib": extra, "stages_ms": {}}]
+
+
+def measure_peer(
+    method: str, case: Case, q: Tensor, k: Tensor, v: Tensor, exact: Tensor, repeats: int
+) -> list[dict[str, Any]]:
+    """Records of one of comfy-kitchen's kernels; none where it is not installed or does not take the case."""
+    if importlib.util.find_spec("comfy_kitchen") is None or (method == "sol_attn" and case.head_dim != 128):
+        return []
+    kitchen = importlib.import_module("comfy_kitchen")
+    runs: dict[str, Callable[[], Tensor]] = {"": lambda: kitchen.int8_attention(q, k, v)}
+    if method == "sol_attn":
+        qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
+        runs = {f"tau {tau:g}": partial(kitchen.sol_attn, qt, kt, vt, tau=tau) for tau in SOL_TAUS}
+    records = []
+    for preset, run in runs.items():
+        out, ms, extra = timed(run, repeats)
+        out = out.transpose(1, 2) if method == "sol_attn" else out
+        record = {"method": method, "preset": preset, "ms": ms, "effective_tflops": None, "density": None}
+        records.append(record | errors(out, exact) | {"extra_mib": extra, "stages_ms": {}})
+    return records
 
 
 def measure_psa(
@@ -275,13 +317,12 @@ def describe_machine(commit: str) -> dict[str, Any]:
 
 
 def print_record(record: dict[str, Any]) -> None:
-    name = f"{record['case']:<26} {record['method']:<6} {record['preset']:<13}"
-    numbers = (
-        f"{record['ms']:8.2f} ms  density {record['density']:.3f}  error {record['rel_l2']:.4f} "
-        f"(worst {record['worst_head']:.4f})  {record['effective_tflops']:4.0f} TFLOP/s  +{record['extra_mib']:.0f} MiB"
-    )
+    name = f"{record['case']:<24} {record['input']:<11} {record['method']:<14} {record['preset']:<13}"
+    numbers = f"{record['ms']:8.2f} ms  error {record['rel_l2']:.4f} (worst {record['worst_head']:.4f})"
+    if record["density"] is not None:
+        numbers += f"  density {record['density']:.3f}  {record['effective_tflops']:4.0f} TFLOP/s"
     stages = " ".join(f"{stage} {ms:.2f}" for stage, ms in record["stages_ms"].items())
-    print(f"{name} {numbers}  {stages}", flush=True)
+    print(f"{name} {numbers}  +{record['extra_mib']:.0f} MiB  {stages}", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "demo" / "prompt_node")]
 
 from prompts import EMPTY, embed  # noqa: E402
+
 from train import shifted  # noqa: E402
 from wan import LATENT_CHANNELS, PATCH, Attention, WanSize, WanTransformer  # noqa: E402
 
