@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -53,3 +53,14 @@ def user_folder(comfyui: Path, tmp_path: Path) -> Iterator[Path]:
     folder_paths.set_user_directory(str(tmp_path))
     yield tmp_path
     folder_paths.set_user_directory(before)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Stop after a kernel that broke the CUDA context: every later test would fail for nothing of its own."""
+    report = yield
+    if call.excinfo is not None and "illegal memory access" in str(call.excinfo.value):
+        item.session.shouldstop = f"{item.nodeid} broke the CUDA context"
+    return report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from importlib import import_module
 from itertools import product
 
@@ -212,3 +213,15 @@ def test_settings_of_every_gpu_generation_are_right(sm: int, head_dim: int, monk
     triton.attend(prepared, triton.select_given(prepared, video.to(DEVICE)), out)
     exact = reference_output(*host, host_order, config, scale, codes)
     assert_as_exact_as(out, exact, rounding_error(*host, host_order, config, scale, codes))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the interpreter's time says nothing")
+def test_the_self_check_is_quick() -> None:
+    """Under 50 ms, once its kernels are compiled."""
+    arguments = (torch.device("cuda"), torch.bfloat16, 128, "triton")
+    self_check.__wrapped__(*arguments)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    self_check.__wrapped__(*arguments)
+    torch.cuda.synchronize()
+    assert time.perf_counter() - start < 0.05
