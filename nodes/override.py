@@ -149,7 +149,9 @@ class AttentionOverride:
             return (
                 "text or image context as long as the video, so that self-attention cannot be told from cross attention"
             )
-        block = call.options.get("block_index", self._block)
+        block = self._block
+        if not self._sequence.side_blocks:  # whose calls carry the index of the block before them
+            block = call.options.get("block_index", block)
         return self._session.dense_reason(self._sequence.layout, block) or call.unsupported_reason()
 
     def entries(self, options: Options, track_blocks: int) -> Options:
@@ -177,7 +179,7 @@ class AttentionOverride:
             try:
                 return extra["original_block"](arguments) if previous is None else previous(arguments, extra)
             finally:
-                self._block = None
+                self._block = self._sequence.side_blocks.get(index)
 
         return run_block
 

@@ -317,7 +317,10 @@ class Session:
                 "or another node runs the model in its own way"
             )
         if not self._other_calls:
-            return "no attention call came by; another node has probably replaced the model's attention functions"
+            return (
+                "no attention call came by; another node has probably replaced the model's attention functions, or this "
+                "ComfyUI's version of the model does not pass its options on to its blocks (as Wan S2V in 0.3.75)"
+            )
         return (
             f"no attention call was the self-attention of the expected {self._tokens} tokens; another node has "
             "probably changed the sequence"

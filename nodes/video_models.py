@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from comfy.ldm.wan.model import CameraWanModel, WanModel
+from comfy.ldm.wan.model import CameraWanModel, HumoWanModel, VaceWanModel, WanModel, WanModel_S2V
+from comfy.ldm.wan.model_animate import AnimateWanModel
 
 from ..psa_core import TokenLayout
 from ..psa_core.models import cogvideox
@@ -20,7 +21,13 @@ except ImportError:  # a ComfyUI before its native CogVideoX
     CogVideoXTransformer3DModel = None
 
 # Exact classes, not their subclasses: those add tokens and attention calls of their own.
-_KNOWN_CLASSES = (WanModel, CameraWanModel)
+_KNOWN_CLASSES = (WanModel, CameraWanModel, VaceWanModel, AnimateWanModel, HumoWanModel, WanModel_S2V)
+
+_HUMO_AUDIO_TOKENS = 16
+"""Audio tokens that each frame of HuMo looks at."""
+
+_S2V_MOTION_PATCHES = ((1, 1, 2, 2), (2, 2, 4, 4), (16, 4, 8, 8))
+"""S2V's earlier motion, from the nearest frames to the farthest: latent frames, and their patch (t, h, w)."""
 
 
 class UnsupportedModel(Exception):
@@ -50,11 +57,13 @@ class VideoSequence:
         layout: Where the video is in it.
         context_lengths: Tokens of the texts and images that its cross attention may look at.
         one_call_per_block: Every block makes exactly one attention call, so that counting them tells the block.
+        side_blocks: Blocks that attend to the video right after one of the model's own, by the index of the latter.
     """
 
     layout: TokenLayout
     context_lengths: frozenset[int]
     one_call_per_block: bool = False
+    side_blocks: Mapping[int, int] = field(default_factory=dict)
 
 
 def identify(model: torch.nn.Module) -> ModelFacts:
@@ -69,7 +78,11 @@ def identify(model: torch.nn.Module) -> ModelFacts:
         return _identify_cogvideox(model)
     _check_class(model)
     family, note = detect_family(model.dim, len(model.blocks), model.out_dim)
-    return ModelFacts(family.preset_family, note, len(model.blocks))
+    blocks = len(model.blocks)
+    if side_blocks := _side_blocks(model):
+        numbering = f"its VACE blocks count as blocks {blocks} to {blocks + len(side_blocks) - 1}"
+        note = f"{note}; {numbering}" if note else numbering
+    return ModelFacts(family.preset_family, note, blocks + len(side_blocks))
 
 
 def read_sequence(model: torch.nn.Module, arguments: Mapping[str, Any]) -> VideoSequence:
@@ -87,18 +100,7 @@ def read_sequence(model: torch.nn.Module, arguments: Mapping[str, Any]) -> Video
         raise UnsupportedModel(f"the latent has shape {tuple(x.shape)}, not [batch, channels, frames, height, width]")
     if _is_cogvideox(model):
         return _read_cogvideox(model, arguments)
-    grid = _token_grid(x.shape[2:], model.patch_size)
-    before = 0
-    reference = arguments.get("reference_latent")
-    if model.ref_conv is not None and reference is not None:
-        _, height, width = model.patch_size
-        before = (reference.shape[-2] // height) * (reference.shape[-1] // width)
-    appended = list(arguments.get("context_latents") or ())
-    if (frames := arguments.get("time_dim_concat")) is not None:
-        appended.append(frames)
-    after = sum(math.prod(_token_grid(latent.shape[-3:], model.patch_size)) for latent in appended)
-    layout = TokenLayout(grid, video_start=before, tokens=before + math.prod(grid) + after)
-    return VideoSequence(layout, _context_lengths(arguments))
+    return _read_wan(model, arguments)
 
 
 def read_sigma(options: Mapping[str, Any]) -> float:
@@ -127,6 +129,34 @@ def _read_cogvideox(model: torch.nn.Module, arguments: Mapping[str, Any]) -> Vid
     patch = (model.patch_size_t or 1, model.patch_size, model.patch_size)
     layout = TokenLayout(_token_grid(arguments["x"].shape[2:], patch), video_start=arguments["context"].shape[1])
     return VideoSequence(layout, frozenset(), one_call_per_block=True)
+
+
+def _read_wan(model: torch.nn.Module, arguments: Mapping[str, Any]) -> VideoSequence:
+    grid = _token_grid(arguments["x"].shape[2:], model.patch_size)
+    appended = [*(arguments.get("context_latents") or ()), arguments.get("time_dim_concat")]
+    before = after = 0
+    if (reference := arguments.get("reference_latent")) is not None:
+        if type(model) in (HumoWanModel, WanModel_S2V):
+            appended.append(reference)
+        elif model.ref_conv is not None:
+            _, height, width = model.patch_size
+            before = (reference.shape[-2] // height) * (reference.shape[-1] // width)
+    if type(model) is WanModel_S2V and (motion := arguments.get("reference_motion")) is not None:
+        height, width = motion.shape[-2:]
+        after = sum(frames // t * (height // h) * (width // w) for frames, t, h, w in _S2V_MOTION_PATCHES)
+    after += sum(math.prod(_token_grid(x.shape[-3:], model.patch_size)) for x in appended if x is not None)
+    contexts = _context_lengths(arguments)
+    if type(model) is HumoWanModel:
+        contexts |= {_HUMO_AUDIO_TOKENS}
+    layout = TokenLayout(grid, video_start=before, tokens=before + math.prod(grid) + after)
+    return VideoSequence(layout, contexts, side_blocks=_side_blocks(model))
+
+
+def _side_blocks(model: torch.nn.Module) -> dict[int, int]:
+    """VACE's blocks work on the control video beside the model's own; they are counted after these."""
+    if type(model) is not VaceWanModel:
+        return {}
+    return {after: len(model.blocks) + index for after, index in model.vace_layers_mapping.items()}
 
 
 def _check_class(model: torch.nn.Module) -> None:

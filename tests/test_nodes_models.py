@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
+from psa_pack.psa_core import PSAConfig, TokenLayout, psa_attention
+from psa_pack.psa_core.presets import Preset, load_presets
+from psa_pack.psa_core.schedule import Schedule
 from torch import Tensor
 
-from tiny_wan import DIM, make_network
+from conftest import ROOT
+from tiny_wan import BLOCKS, DIM, make_network
 
 pytestmark = pytest.mark.usefixtures("comfyui")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On a busy machine, threads that wait for each other over such small tensors take several times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def latent(*shape: int) -> Tensor:
@@ -97,21 +114,229 @@ def test_the_image_context_of_an_image_to_video_model_is_known() -> None:
     assert sequence.context_lengths == {77, 257, 334}
 
 
-def test_the_camera_model_is_known_too() -> None:
-    from comfy.ldm.wan.model import CameraWanModel
+@dataclass(frozen=True)
+class Variant:
+    """A variant of Wan: its class, what it takes in beside the latent, and where the video is then."""
 
-    network = make_network(CameraWanModel, model_type="camera_2.2")
-    sequence, entered = watch(network, latent(16, 3, 16, 18))
-    assert sequence.layout.tokens == entered.shape[1] == sequence.layout.video_tokens
+    cls: str
+    settings: dict[str, Any]
+    arguments: Callable[[], dict[str, Any]]
+    layout: TokenLayout
+    channels: int = 16
+    calls: int = BLOCKS
+
+
+GRID = (3, 8, 9)
+VIDEO = TokenLayout(GRID)
+VARIANTS = {
+    "t2v": Variant("WanModel", {}, dict, VIDEO),
+    "i2v": Variant(
+        "WanModel", {"model_type": "i2v", "in_dim": 36}, lambda: {"clip_fea": latent(257, 1280)}, VIDEO, channels=36
+    ),
+    "flf2v": Variant(
+        "WanModel",
+        {"model_type": "i2v", "in_dim": 36, "flf_pos_embed_token_number": 514},
+        lambda: {"clip_fea": latent(514, 1280)},
+        VIDEO,
+        channels=36,
+    ),
+    "Fun Control": Variant(
+        "WanModel",
+        {"in_dim_ref_conv": 16},
+        lambda: {"reference_latent": latent(16, 16, 18)},
+        TokenLayout(GRID, video_start=72),
+    ),
+    "Phantom": Variant(
+        "WanModel",
+        {},
+        lambda: {"time_dim_concat": latent(16, 2, 16, 18)},
+        TokenLayout(GRID, tokens=216 + 144),
+    ),
+    "context latents": Variant(
+        "WanModel",
+        {},
+        lambda: {"context_latents": [latent(16, 1, 16, 18), latent(16, 2, 8, 8)]},
+        TokenLayout(GRID, tokens=216 + 72 + 32),
+    ),
+    "Fun Camera": Variant(
+        "CameraWanModel",
+        {"model_type": "camera_2.2"},
+        lambda: {"camera_conditions": latent(24, 3, 128, 144)},
+        VIDEO,
+    ),
+    "VACE": Variant(
+        "VaceWanModel",
+        {"model_type": "vace", "vace_layers": 1, "vace_in_dim": 16},
+        lambda: {"vace_context": latent(1, 16, 3, 16, 18), "vace_strength": [0.8]},
+        VIDEO,
+        calls=BLOCKS + 1,
+    ),
+    "VACE with two controls": Variant(
+        "VaceWanModel",
+        {"model_type": "vace", "vace_layers": 2, "vace_in_dim": 16},
+        lambda: {"vace_context": latent(2, 16, 3, 16, 18), "vace_strength": [0.8, 0.5]},
+        VIDEO,
+        calls=BLOCKS + 2 * 2,
+    ),
+    "Animate": Variant(
+        "AnimateWanModel",
+        {"num_layers": 5, "in_dim": 36},
+        lambda: {
+            "clip_fea": latent(257, 1280),
+            "pose_latents": latent(16, 2, 16, 18),
+            "face_pixel_values": latent(3, 5, 8, 8),
+        },
+        VIDEO,
+        channels=36,
+        calls=5,
+    ),
+    "HuMo": Variant(
+        "HumoWanModel",
+        {},
+        lambda: {"reference_latent": latent(16, 1, 16, 18), "audio_embed": latent(3, 8, 5, 1280)},
+        TokenLayout(GRID, tokens=216 + 72),
+    ),
+    "S2V": Variant(
+        "WanModel_S2V",
+        {"audio_dim": 64, "audio_inject_layers": [0]},
+        lambda: {
+            "reference_latent": latent(16, 1, 16, 18),
+            "reference_motion": latent(16, 19, 16, 18),
+            "control_video": latent(16, 3, 16, 18),
+            "audio_embed": latent(25, 64, 12),
+        },
+        TokenLayout(GRID, tokens=216 + 72 + 72 + 4 * 4 + 4 * 2 * 2),
+    ),
+}
+
+
+def find_class(name: str) -> type:
+    from comfy.ldm.wan import model, model_animate
+
+    return getattr(model, name, None) or getattr(model_animate, name)
+
+
+def call(network: torch.nn.Module, variant: Variant, options: dict[str, Any]) -> Tensor:
+    x, context = latent(variant.channels, 3, 16, 18), latent(77, 4096)
+    with torch.no_grad():
+        return network(x, torch.tensor([500.0]), context=context, transformer_options=options, **variant.arguments())
+
+
+def run_patched(
+    network: torch.nn.Module, variant: Variant, config: PSAConfig, dense_blocks: frozenset[int] = frozenset()
+) -> tuple[Tensor, Any]:
+    """One call of a patched network; returns its output and the record of the run."""
+    from comfy.patcher_extension import WrappersMP
+    from psa_pack.nodes.attention_patch import AttentionPatch
+    from psa_pack.nodes.session import PatchSettings, Session
+
+    settings = PatchSettings(
+        "test", "", Preset("test", "wan", "", "", config, Schedule()), dense_blocks, "reference", False
+    )
+    session = Session(settings, lambda percent: 1 - percent, lambda text: None)
+    wrapper = AttentionPatch(settings, lambda text: None).around_model_call
+    options = {
+        "sigmas": torch.tensor([0.5]),
+        "psa_attention": session,
+        "wrappers": {WrappersMP.DIFFUSION_MODEL: {"psa_attention": [wrapper]}},
+    }
+    return call(network, variant, options), session.finish("finished")
+
+
+def by_hand(layout: TokenLayout, config: PSAConfig) -> Callable[..., Tensor]:
+    """An override that answers every self-attention over a sequence laid out like this with the reference."""
+
+    def override(func: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, heads: int, **kwargs: Any) -> Tensor:
+        if q.dim() != 3 or not q.shape[1] == k.shape[1] == layout.tokens:
+            return func(q, k, v, *args, heads=heads, **kwargs)
+        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+        out = psa_attention(q, k, v, layout=layout, config=config, backend="reference")
+        return out.transpose(1, 2).flatten(2)
+
+    return override
+
+
+def skip_what_this_comfyui_lacks(network: torch.nn.Module, variant: Variant) -> None:
+    seen = []
+
+    def override(func: Any, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(args[0].shape[1])
+        return func(*args, **kwargs)
+
+    call(network, variant, {"optimized_attention_override": override})
+    if not seen:
+        pytest.skip(f"this ComfyUI's {variant.cls} passes no options to its blocks")
+    if "context_latents" in variant.arguments() and variant.layout.tokens not in seen:
+        pytest.skip("this ComfyUI's Wan takes no context latents")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_of_wan_runs_sparse_with_its_extra_tokens_exact(name: str) -> None:
+    """With everything at level 1 it is the dense model; sparse, it is the reference given a layout written by hand."""
+    variant = VARIANTS[name]
+    network = make_network(find_class(variant.cls), **variant.settings)
+    if variant.cls == "AnimateWanModel":  # a large image network before the model proper; only its answer matters here
+        network.motion_encoder.get_motion = lambda faces: latent(len(faces), 512)[0]
+    skip_what_this_comfyui_lacks(network, variant)
+    balanced = load_presets(ROOT / "presets" / "wan2.1_14b.yaml")["balanced"].config
+
+    exact, record = run_patched(network, variant, dataclasses.replace(balanced, error_weight=0.0))
+    assert (record.sparse_calls, record.density, record.tokens) == (variant.calls, 1.0, variant.layout.tokens)
+    dense = call(network, variant, {})
+    assert float((exact - dense).norm() / dense.norm()) < 1e-5
+
+    # So short a video is hardly pooled at balanced's own weight.
+    config = dataclasses.replace(balanced, error_weight=1.0)
+    sparse, record = run_patched(network, variant, config)
+    assert record.sparse_calls == variant.calls
+    assert record.density < 0.9
+    assert torch.equal(
+        sparse, call(network, variant, {"optimized_attention_override": by_hand(variant.layout, config)})
+    )
+    assert float((sparse - dense).norm() / dense.norm()) > 1e-4
+
+
+def test_vace_blocks_are_blocks_of_their_own() -> None:
+    from psa_pack.nodes.video_models import identify
+
+    variant = VARIANTS["VACE with two controls"]
+    network = make_network(find_class(variant.cls), **variant.settings)
+    facts = identify(network)
+    assert facts.blocks == BLOCKS + 2
+    assert facts.note.endswith("its VACE blocks count as blocks 2 to 3")
+    config = PSAConfig(error_weight=1.0)
+    # two controls go through a VACE block one after the other
+    for dense_blocks, dense_calls in (({0}, 1), ({1}, 1), ({2}, 2), ({3}, 2), ({0, 3}, 3)):
+        _, record = run_patched(network, variant, config, frozenset(dense_blocks))
+        assert record.dense_calls == {"in dense_blocks": dense_calls}
+        assert record.sparse_calls == variant.calls - dense_calls
+    outputs = [run_patched(network, variant, config, frozenset({block}))[0] for block in range(4)]
+    assert not any(torch.equal(a, b) for a, b in combinations(outputs, 2))
+
+
+def test_blocks_that_get_no_options_stay_dense_with_the_reason() -> None:
+    variant = VARIANTS["S2V"]
+    network = make_network(find_class(variant.cls), **variant.settings)
+
+    def without_options(block: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, kwargs | {"transformer_options": {}}  # as in ComfyUI 0.3.75
+
+    for block in network.blocks:
+        block.register_forward_pre_hook(without_options, with_kwargs=True)
+    out, record = run_patched(network, variant, PSAConfig(error_weight=1.0))
+    assert torch.equal(out, call(network, variant, {}))
+    assert "does not pass its options on to its blocks" in record.unused_cause
 
 
 def test_a_subclass_is_not_taken_for_its_parent() -> None:
-    from comfy.ldm.wan.model import VaceWanModel
+    from comfy.ldm.wan.model import WanModel
     from psa_pack.nodes.video_models import UnsupportedModel, identify
 
-    network = make_network(VaceWanModel, model_type="vace", vace_layers=1, vace_in_dim=16)
-    with pytest.raises(UnsupportedModel, match="VaceWanModel is not a model that PSA knows"):
-        identify(network)
+    class WanFork(WanModel):
+        pass
+
+    with pytest.raises(UnsupportedModel, match="WanFork is not a model that PSA knows"):
+        identify(make_network(WanFork))
 
 
 def test_a_flat_latent_is_no_video() -> None:
