@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .attention_patch import PSAAttentionPatch
+from .load_cogvideox import PSALoadCogVideoX, PSALoadCogVideoXLoRA
 from .preset_loader import PSAPresetLoader
 
 
@@ -12,4 +13,4 @@ class PSAExtension(ComfyExtension):
     """The pack, as ComfyUI asks for it."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [PSAAttentionPatch, PSAPresetLoader]
+        return [PSAAttentionPatch, PSAPresetLoader, PSALoadCogVideoX, PSALoadCogVideoXLoRA]

@@ -28,12 +28,15 @@ def test_the_pack_declares_an_entrypoint_and_its_help_only() -> None:
     assert not hasattr(psa_pack, "NODE_CLASS_MAPPINGS")
 
 
-def test_both_nodes_are_there_in_their_category(nodes: dict[str, Any]) -> None:
-    assert list(nodes) == ["PSAAttentionPatch", "PSAPresetLoader"]
-    for node in nodes.values():
-        schema = node.GET_SCHEMA()
-        assert schema.category == "model/patch"
-        assert schema.description
+def test_the_nodes_are_there_in_their_categories(nodes: dict[str, Any]) -> None:
+    schemas = {name: node.GET_SCHEMA() for name, node in nodes.items()}
+    assert {name: schema.category for name, schema in schemas.items()} == {
+        "PSAAttentionPatch": "model/patch",
+        "PSAPresetLoader": "model/patch",
+        "PSALoadCogVideoX": "model/loaders",
+        "PSALoadCogVideoXLoRA": "model/loaders",
+    }
+    assert all(schema.description for schema in schemas.values())
 
 
 def test_every_input_and_output_has_a_tooltip(nodes: dict[str, Any]) -> None:

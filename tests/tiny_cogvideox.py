@@ -1,4 +1,4 @@
-"""A CogVideoX model of random weights in a real ComfyUI that has one: small enough to sample in a moment."""
+"""CogVideoX models of random weights, ComfyUI's and diffusers': small enough to sample in a moment."""
 
 from __future__ import annotations
 
@@ -12,6 +12,24 @@ HEADS = 3  # ComfyUI computes its position table for widths divisible by 3
 BLOCKS = 2
 TEXT = 26
 LATENT = (3, 16, 18)
+TIME = 64
+
+# What diffusers makes the released models of.
+ROTARY = {"use_rotary_positional_embeddings": True}
+VERSION_15 = {**ROTARY, "patch_size_t": 2, "sample_height": 96, "sample_width": 170, "sample_frames": 81}
+RELEASED = {
+    "2b": {"num_attention_heads": 30, "num_layers": 30},
+    "5b": {**ROTARY, "num_attention_heads": 48, "num_layers": 42},
+    "5b i2v": {
+        **ROTARY,
+        "num_attention_heads": 48,
+        "num_layers": 42,
+        "in_channels": 32,
+        "use_learned_positional_embeddings": True,
+    },
+    "1.5 5b": {**VERSION_15, "num_attention_heads": 48, "num_layers": 42},
+    "1.5 5b i2v": {**VERSION_15, "num_attention_heads": 48, "num_layers": 42, "in_channels": 32, "ofs_embed_dim": 512},
+}
 
 
 def network_class() -> type:
@@ -29,7 +47,7 @@ def make_network(**changes: Any) -> torch.nn.Module:
     settings = {
         "num_attention_heads": HEADS,
         "num_layers": BLOCKS,
-        "time_embed_dim": 64,
+        "time_embed_dim": TIME,
         "use_rotary_positional_embeddings": True,
         "device": "cpu",
         "dtype": torch.float32,
@@ -50,6 +68,22 @@ def fill(network: torch.nn.Module) -> None:
                 weight.copy_(noise * weight[0].numel() ** -0.5)
             else:
                 weight.copy_((1.0 if "norm" in name and name.endswith("weight") else 0.0) + 0.1 * noise)
+
+
+def diffusers_model(variant: str) -> Any:
+    """A small transformer of diffusers' own class, seeded."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    settings = RELEASED[variant] | {"num_attention_heads": HEADS, "num_layers": BLOCKS, "time_embed_dim": TIME}
+    if "ofs_embed_dim" in settings:
+        settings["ofs_embed_dim"] = TIME
+    model = CogVideoXTransformer3DModel(**settings).eval()
+    fill(model)
+    if settings.get("use_learned_positional_embeddings"):
+        noise = torch.randn(model.patch_embed.pos_embedding.shape, generator=torch.Generator().manual_seed(3))
+        noise[:, :226] = 0  # ComfyUI gives the text no positions
+        model.patch_embed.pos_embedding.copy_(noise)
+    return model
 
 
 def make_model(**changes: Any) -> Any:

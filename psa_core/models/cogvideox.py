@@ -10,6 +10,13 @@ HEAD_DIM = 64
 TEXT_TOKENS = 226
 """Length that the official text encoding pads to; the text comes before the video."""
 
+TABLE_GRID = (13, 30, 45)
+"""Tokens along time, height and width of the position tables of CogVideoX-2B and of CogVideoX-5B image to video: 49
+frames of 720x480. These models know no other resolution."""
+
+TABLE_SPATIAL_SCALE = 1.875
+"""What CogVideoX-2B's position table divides rows and columns by."""
+
 
 @dataclass(frozen=True)
 class CogVideoXFamily:
