@@ -8,14 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ...importance import BLOCK_BIAS_CLAMP
-from .storage import Prepared, empty, head_strides, statistics_precision
+from .storage import Prepared, empty, head_strides, pair_pitch, statistics_precision
 
 LOG2E = 1.4426950408889634
 
 
 @triton.jit
 def _whole_bias_kernel(
-    squares_ptr, variance_ptr, counts_ptr, bias_ptr, half_scale_squared, clamp, query_blocks, key_blocks,
+    squares_ptr, variance_ptr, counts_ptr, bias_ptr, half_scale_squared, clamp, query_blocks, key_blocks, pitch,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Logit bias of a whole block in powers of two: log of its tokens plus the clamped second-order term."""
@@ -31,14 +31,14 @@ def _whole_bias_kernel(
     counts = tl.load(counts_ptr + j, mask=j_in, other=1).to(tl.float32)
     bias = tl.minimum(tl.dot(squares, variance, input_precision=PRECISION) * half_scale_squared, clamp)
     bias = bias * 1.4426950408889634 + tl.log2(counts)[None, :]
-    offsets = z * query_blocks * key_blocks + i.to(tl.int64)[:, None] * key_blocks + j[None, :]
+    offsets = z * query_blocks * pitch + i.to(tl.int64)[:, None] * pitch + j[None, :]
     tl.store(bias_ptr + offsets, bias, mask=i_in[:, None] & j_in[None, :])
 
 
 @triton.jit
 def _importance_kernel(
     q_ptr, keys_ptr, tokens_ptr, bias_ptr, importance_ptr, qk_scale,
-    stride_b, stride_h, stride_n, stride_d, heads, query_blocks, key_blocks, pyramid_rows, first_row_whole,
+    stride_b, stride_h, stride_n, stride_d, heads, query_blocks, key_blocks, pitch, pyramid_rows, first_row_whole,
     QUERY_BLOCK: tl.constexpr, STRIDE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -52,8 +52,8 @@ def _importance_kernel(
     q_ptr += (z // heads) * stride_b + (z % heads) * stride_h
     q = tl.load(q_ptr + token[:, None] * stride_n + offs_d[None, :] * stride_d, mask=filled[:, None], other=0.0)
     keys_ptr += (z * pyramid_rows + first_row_whole) * HEAD_DIM
-    bias_ptr += z * query_blocks * key_blocks
-    bias_row = tl.minimum(i, query_blocks - 1).to(tl.int64) * key_blocks
+    bias_ptr += z * query_blocks * pitch
+    bias_row = tl.minimum(i, query_blocks - 1).to(tl.int64) * pitch
 
     m_i = tl.full([BLOCKS * SAMPLES], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCKS * SAMPLES], tl.float32)
@@ -71,7 +71,7 @@ def _importance_kernel(
     rows = tl.sum(tl.reshape(weight, [BLOCKS, SAMPLES]), axis=1)
     share = weight / l_i
     out_i = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
-    importance_ptr += z * query_blocks * key_blocks
+    importance_ptr += z * query_blocks * pitch
     for start in range(0, key_blocks, BLOCK_N):
         j = start + offs_n
         j_in = j < key_blocks
@@ -80,7 +80,7 @@ def _importance_kernel(
         qk = tl.dot(q, k, input_precision=PRECISION) * qk_scale + bias
         p = tl.exp2(qk - m_i[:, None]) * share[:, None]
         p = tl.sum(tl.reshape(p, [BLOCKS, SAMPLES, BLOCK_N]), axis=1) / tl.maximum(rows, 1.0)[:, None]
-        offsets = out_i.to(tl.int64)[:, None] * key_blocks + j[None, :]
+        offsets = out_i.to(tl.int64)[:, None] * pitch + j[None, :]
         tl.store(importance_ptr + offsets, p, mask=(out_i < query_blocks)[:, None] & j_in[None, :])
 
 
@@ -90,20 +90,21 @@ def importance(prepared: Prepared) -> Tensor:
     batch, heads, _, head_dim = q.shape
     z = batch * heads
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
-    bias = empty(q, z, queries.blocks, keys.blocks, dtype=torch.float32)
+    pitch = pair_pitch(keys.blocks)
+    bias = empty(q, z, queries.blocks, pitch, dtype=torch.float32)
     grid = (triton.cdiv(queries.blocks, 32), triton.cdiv(keys.blocks, 64), z)
     _whole_bias_kernel[grid](
         prepared.query_squares, prepared.key_variance, keys.counts, bias, 0.5 * prepared.scale**2, BLOCK_BIAS_CLAMP,
-        queries.blocks, keys.blocks, BLOCK_M=32, BLOCK_N=64, HEAD_DIM=head_dim,
+        queries.blocks, keys.blocks, pitch, BLOCK_M=32, BLOCK_N=64, HEAD_DIM=head_dim,
         PRECISION=statistics_precision(q.dtype),
     )  # fmt: skip
-    result = empty(q, z, queries.blocks, keys.blocks, dtype=torch.float32)
+    result = empty(q, z, queries.blocks, pitch, dtype=torch.float32)
     stride = prepared.config.importance_stride
     blocks = max(1, 128 * stride // queries.size) if q.dtype != torch.float32 else max(1, 32 * stride // queries.size)
     _importance_kernel[(triton.cdiv(queries.blocks, blocks), z)](
         q, prepared.keys, queries.tokens, bias, result, prepared.scale * LOG2E, *head_strides(q), heads,
-        queries.blocks, keys.blocks, prepared.layout.rows, prepared.layout.first[4],
+        queries.blocks, keys.blocks, pitch, prepared.layout.rows, prepared.layout.first[4],
         QUERY_BLOCK=queries.size, STRIDE=stride, BLOCKS=blocks, BLOCK_N=64, HEAD_DIM=head_dim, PRECISION=precision,
         num_warps=4 if q.dtype != torch.float32 else 8,
     )  # fmt: skip
-    return result.view(batch, heads, queries.blocks, keys.blocks)
+    return result.view(batch, heads, queries.blocks, pitch)[..., : keys.blocks]

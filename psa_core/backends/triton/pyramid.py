@@ -33,11 +33,11 @@ def _sum_rows_kernel(
 
 @triton.jit
 def _merge(left, left_count, right, right_count):
-    """Merge groups pairwise: means ``[R, D]``, their counts ``[R]``, and the squared deviations this adds ``[D]``."""
+    """Merge groups pairwise: means ``[R, D]``, counts ``[R]``, and the squared deviations that this adds ``[R, D]``."""
     count = left_count + right_count
     inverse = 1.0 / tl.maximum(count, 1.0)
     apart = left - right
-    added = tl.sum(apart * apart * (left_count * right_count * inverse)[:, None], axis=0)
+    added = apart * apart * (left_count * right_count * inverse)[:, None]
     return left * (left_count * inverse)[:, None] + right * (right_count * inverse)[:, None], count, added
 
 
@@ -72,10 +72,11 @@ def _store_level(
 
 @triton.jit
 def _store_variance(variance_ptr, at, spread, tokens, HEAD_DIM: tl.constexpr, IS_KEY: tl.constexpr):
+    variance = tl.sum(spread, axis=0) / tokens
     if IS_KEY:
-        tl.store(variance_ptr + at * HEAD_DIM + tl.arange(0, HEAD_DIM), spread / tokens)
+        tl.store(variance_ptr + at * HEAD_DIM + tl.arange(0, HEAD_DIM), variance)
     else:
-        tl.store(variance_ptr + at, tl.sum(spread, axis=0) / tokens)
+        tl.store(variance_ptr + at, tl.sum(variance, axis=0))
 
 
 @triton.jit
@@ -136,7 +137,7 @@ def _pyramid_kernel(
 
     whole = tl.sum(x0 * n0[:, None], axis=0) / tokens
     apart = x0 - whole[None, :]
-    spread += tl.sum(apart * apart * n0[:, None], axis=0)
+    spread += apart * apart * n0[:, None]
     _store_variance(variance_ptr, (z * 4 + 3) * blocks + block, spread, tokens, HEAD_DIM, IS_KEY)
     tl.store(rows_ptr + (first_row_whole + block) * HEAD_DIM + offs_d, whole.to(rows_ptr.dtype.element_ty))
 

@@ -16,7 +16,7 @@ from .storage import COUNTS, SLOTS, Prepared, Selection, empty, statistics_preci
 @triton.jit
 def _level_kernel(
     importance_ptr, squares_ptr, key_variance_ptr, value_variance_ptr, power_ptr, codes_ptr, bias_ptr,
-    scale_squared, weight, bias_clamp, query_blocks, video_rows, key_blocks, video_keys, last_count,
+    scale_squared, weight, bias_clamp, query_blocks, video_rows, key_blocks, video_keys, last_count, importance_pitch,
     KEY_BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
     USED: tl.constexpr, CHOOSE: tl.constexpr, VARIANCE_TERM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -25,51 +25,46 @@ def _level_kernel(
 
     Bits of USED say which of the levels 2, 4, 8 and whole block there are.
     """
-    z = tl.program_id(1).to(tl.int64)
+    z = tl.program_id(2).to(tl.int64)
     offs_d = tl.arange(0, HEAD_DIM)
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    i_in = i < video_rows
-    squares = tl.load(
-        squares_ptr + (z * query_blocks + i)[:, None] * HEAD_DIM + offs_d[None, :], mask=i_in[:, None], other=0.0
-    )
-    power = tl.load(power_ptr + z)
-    for start in range(0, video_keys, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        j_in = j < video_keys
-        both = i_in[:, None] & j_in[None, :]
-        pair = (z * query_blocks + i)[:, None] * video_keys + j[None, :]
-        bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        if CHOOSE:
-            mass_at = (z * query_blocks + i)[:, None] * key_blocks + j[None, :]
-            mass = tl.load(importance_ptr + mass_at, mask=both, other=0.0)
-            tokens = tl.where(j == video_keys - 1, last_count, KEY_BLOCK)
-            best = tl.full([BLOCK_M, BLOCK_N], weight, tl.float32)
-            code = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-        else:
-            code = tl.load(codes_ptr + pair, mask=both, other=0).to(tl.int32)
-        for slot in tl.static_range(4):
-            log_group = LOG_BLOCK if slot == 3 else slot + 1
-            if (USED >> slot) & 1:
-                block = (z * 4 + slot) * key_blocks + j
-                variance = tl.load(
-                    key_variance_ptr + block[None, :] * HEAD_DIM + offs_d[:, None], mask=j_in[None, :], other=0.0
-                )
-                logit_variance = tl.dot(squares, variance, input_precision=PRECISION) * scale_squared
-                if CHOOSE:
-                    lost = tl.load(value_variance_ptr + block, mask=j_in, other=0.0) / power
-                    error = mass * mass * logit_variance * lost[None, :]
-                    groups = (tokens + ((1 << log_group) - 1)) >> log_group
-                    score = error + (weight * groups.to(tl.float32) / tokens.to(tl.float32))[None, :]
-                    here = (score < best) & (error < float("inf"))
-                    best = tl.where(here, score, best)
-                    code = tl.where(here, log_group, code)
-                else:
-                    here = code == log_group
-                if VARIANCE_TERM:
-                    bias = tl.where(here, tl.minimum(0.5 * logit_variance, bias_clamp), bias)
-        if CHOOSE:
-            tl.store(codes_ptr + pair, code.to(tl.uint8), mask=both)
-        tl.store(bias_ptr + pair, bias, mask=both)
+    j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i_in, j_in = i < video_rows, j < video_keys
+    both = i_in[:, None] & j_in[None, :]
+    rows = (z * query_blocks + i)[:, None]
+    squares = tl.load(squares_ptr + rows * HEAD_DIM + offs_d[None, :], mask=i_in[:, None], other=0.0)
+    pair = rows * video_keys + j[None, :]
+    bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if CHOOSE:
+        mass = tl.load(importance_ptr + rows * importance_pitch + j[None, :], mask=both, other=0.0)
+        mass = mass * mass / tl.load(power_ptr + z)
+        tokens = tl.where(j == video_keys - 1, last_count, KEY_BLOCK)
+        best = tl.full([BLOCK_M, BLOCK_N], weight, tl.float32)
+        code = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    else:
+        code = tl.load(codes_ptr + pair, mask=both, other=0).to(tl.int32)
+    for slot in tl.static_range(4):
+        log_group = LOG_BLOCK if slot == 3 else slot + 1
+        if (USED >> slot) & 1:
+            block = (z * 4 + slot) * key_blocks + j
+            variance = tl.load(
+                key_variance_ptr + block[None, :] * HEAD_DIM + offs_d[:, None], mask=j_in[None, :], other=0.0
+            )
+            logit_variance = tl.dot(squares, variance, input_precision=PRECISION) * scale_squared
+            if CHOOSE:
+                error = mass * logit_variance * tl.load(value_variance_ptr + block, mask=j_in, other=0.0)[None, :]
+                groups = (tokens + ((1 << log_group) - 1)) >> log_group
+                score = error + (weight * groups.to(tl.float32) / tokens.to(tl.float32))[None, :]
+                here = (score < best) & (error < float("inf"))
+                best = tl.where(here, score, best)
+                code = tl.where(here, log_group, code)
+            else:
+                here = code == log_group
+            if VARIANCE_TERM:
+                bias = tl.where(here, tl.minimum(0.5 * logit_variance, bias_clamp), bias)
+    if CHOOSE:
+        tl.store(codes_ptr + pair, code.to(tl.uint8), mask=both)
+    tl.store(bias_ptr + pair, bias, mask=both)
 
 
 @triton.jit
@@ -163,14 +158,17 @@ def _run_level_kernel(prepared: Prepared, codes: Tensor, importance: Tensor | No
     bias = empty(codes, *codes.shape, dtype=torch.float32)
     if rows.video_blocks == 0:
         return bias
-    _level_kernel[(triton.cdiv(rows.video_blocks, 16), codes.shape[0])](
+    block_m, block_n = 16, 64
+    grid = (triton.cdiv(rows.video_blocks, block_m), triton.cdiv(keys.video_blocks, block_n), codes.shape[0])
+    _level_kernel[grid](
         importance, prepared.query_squares, prepared.key_variance, prepared.value_variance, prepared.value_power,
         codes, bias, prepared.scale**2, (config.error_weight or 0.0) / keys.video_blocks, LEVEL_BIAS_CLAMP,
         rows.blocks, rows.video_blocks, keys.blocks, keys.video_blocks, keys.last_video_count,
+        0 if importance is None else importance.stride(2),
         KEY_BLOCK=keys.size, LOG_BLOCK=keys.size.bit_length() - 1, HEAD_DIM=prepared.q.shape[-1],
         USED=sum(1 << slot for slot, level in enumerate((2, 4, 8, "block")) if level in config.levels),
         CHOOSE=importance is not None, VARIANCE_TERM=config.variance_term,
-        BLOCK_M=16, BLOCK_N=32, PRECISION=statistics_precision(prepared.q.dtype), num_stages=1,
+        BLOCK_M=block_m, BLOCK_N=block_n, PRECISION=statistics_precision(prepared.q.dtype), num_stages=1, num_warps=8,
     )  # fmt: skip
     return bias
 

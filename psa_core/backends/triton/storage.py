@@ -103,10 +103,15 @@ def workspace_bytes_per_head(q: Tensor, order: TokenOrder, config: PSAConfig) ->
     pyramid = 2 * PyramidRows.of(order, config).rows * head_dim * q.element_size()
     statistics = 4 * (4 * keys.blocks * (head_dim + 1) + queries.blocks * head_dim)
     sums = 4 * head_dim * -(-q.shape[2] // ROWS_PER_MEAN)
-    pairs = queries.blocks * keys.blocks * (4 + 1 + 4 + 4 + 4) + 4 * COUNTS * queries.blocks
+    pairs = queries.blocks * pair_pitch(keys.blocks) * (4 + 1 + 4 + 4 + 4) + 4 * COUNTS * queries.blocks
     # first and last keys of all pairs of tokens, in their own precision and fp32, and the latter's products
     similarity = 12 * keys.blocks * keys.size * head_dim if config.similarity_caps else 0
     return pyramid + statistics + sums + pairs + similarity
+
+
+def pair_pitch(key_blocks: int) -> int:
+    """Elements from one query block's row of a matrix of pairs to the next: rows that begin aligned load faster."""
+    return -(-key_blocks // 16) * 16
 
 
 def head_strides(x: Tensor) -> tuple[int, int, int, int]:
