@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 import torch
 from psa_pack.psa_core import TokenLayout, psa_attention
+from psa_pack.psa_core.config import PSAConfig
 from psa_pack.psa_core.models.cogvideox import COGVIDEOX15_5B, COGVIDEOX_2B, COGVIDEOX_5B, FAMILIES, detect_family
+from psa_pack.psa_core.presets import load_presets
+from psa_pack.psa_core.schedule import Schedule
 from torch import Tensor
 
+from conftest import ROOT
 from tiny_cogvideox import BLOCKS, HEADS, TEXT, make_model, make_network, network_class, sample
 
 EVERYWHERE = {"start_percent": 0.0, "min_tokens": 0, "backend": "reference"}
@@ -73,14 +77,34 @@ def test_an_unknown_size_goes_to_the_nearest_of_the_same_patch(size: tuple[int, 
 
 
 def test_every_family_has_a_preset_for_few_steps() -> None:
-    from psa_pack.psa_core.presets import load_presets
-
-    from conftest import ROOT
-
     for family in FAMILIES:
         presets = load_presets(ROOT / "presets" / f"{family.preset_family}.yaml")
         assert presets["four_steps"].schedule.start_percent == 0
         assert presets["four_steps"].config == presets["balanced"].config
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "levels", "edges", "key_block", "order", "dense"),
+    [
+        ("cogvideox1.5_5b", "official_balanced", (1, 2, 8, "skip"), (0.1, 0.15, 0.35), 32, "gilbert", 15 / 50),
+        ("cogvideox_5b", "official_balanced", (1, 2, 8, "skip"), (0.1, 0.15, 0.35), 128, "raster", 15 / 50),
+        ("cogvideox_5b", "official_4steps", (1, 2, 4, 8, "skip"), (0.05, 0.15, 0.25, 0.5), 128, "raster", 0),
+    ],
+)
+def test_an_official_preset_has_the_official_numbers(
+    family: str, name: str, levels: Any, edges: tuple[float, ...], key_block: int, order: Any, dense: float
+) -> None:
+    preset = load_presets(ROOT / "presets" / f"{family}.yaml")[name]
+    assert preset.config == PSAConfig(
+        selection="topk",
+        levels=levels,
+        ranges=tuple(zip((0, *edges), (*edges, 1), strict=True)),
+        variance_term=False,
+        order=order,
+        query_block=128,
+        key_block=key_block,
+    )
+    assert preset.schedule == Schedule(start_percent=dense)
 
 
 @pytest.mark.usefixtures("cogvideox")
@@ -169,3 +193,13 @@ def test_the_named_presets_are_those_of_its_family() -> None:
     patched = patch(make_model(patch_size_t=2), "fast")
     sample(patched, cfg=1.0)
     assert record(patched).title == "cogvideox1.5_5b fast"
+
+
+@pytest.mark.usefixtures("cogvideox")
+@pytest.mark.parametrize("name", ["official_balanced", "official_4steps", "four_steps"])
+def test_a_preset_of_the_loader_runs(name: str) -> None:
+    chosen = load_presets(ROOT / "presets/cogvideox_5b.yaml")[name]
+    patched = patch(make_model(), custom_preset=chosen)
+    assert sample(patched).isfinite().all()
+    assert record(patched).title == f"cogvideox_5b {name}"
+    assert record(patched).sparse_calls == 4 * BLOCKS
