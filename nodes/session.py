@@ -318,8 +318,8 @@ class Session:
             )
         if not self._other_calls:
             return (
-                "no attention call came by; another node has probably replaced the model's attention functions, or this "
-                "ComfyUI's version of the model does not pass its options on to its blocks (as Wan S2V in 0.3.75)"
+                "no attention call came by; another node has probably replaced the model's attention functions, or "
+                "this ComfyUI's version of the model does not pass its options on to its blocks (as Wan S2V in 0.3.75)"
             )
         return (
             f"no attention call was the self-attention of the expected {self._tokens} tokens; another node has "

@@ -15,10 +15,13 @@ A file holds one family::
 With ``selection: topk`` or ``threshold``, ``levels`` maps each level to its range: ``{1: [0, 0.4], skip: [0.4, 1]}``,
 and ``similarity_caps`` maps each pooled level to its least similarity: ``{2: 0.7, 4: 0.65, 8: 0.6}``.
 What a preset does not mention takes the default of :class:`PSAConfig` or :class:`Schedule`.
+
+A file in the form of the official ``attention_config.yaml`` is read too; its presets are named ``model.preset``.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -27,6 +30,7 @@ from typing import Any
 
 import yaml
 
+from . import official_presets
 from .config import PSAConfig
 from .schedule import BlockList, Schedule
 
@@ -48,6 +52,8 @@ _CONFIG_KEYS = (
 _PRESET_KEYS = ("description", "source", *_CONFIG_KEYS, "schedule")
 _SCHEDULE_KEYS = tuple(field.name for field in fields(Schedule))
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+_log = logging.getLogger(__name__)
 
 
 class PresetError(ValueError):
@@ -112,6 +118,8 @@ def parse_presets(text: str, file: str) -> dict[str, Preset]:
         raise PresetError(f"{file}: {place}{error.problem or error.context}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise PresetError(f"{file}: is not readable YAML ({error})") from error
+    if official_presets.is_official(document):
+        return _official(document, file)
     try:
         top = _mapping("file", document, _FILE_KEYS)
         family = _name("family", top.get("family"))
@@ -148,6 +156,26 @@ def dump_preset(preset: Preset) -> str:
     settings["schedule"]["dense_blocks"] = str(schedule.dense_blocks)
     document = {"family": preset.family, "presets": {preset.name: settings}}
     return yaml.safe_dump(document, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
+
+
+def _official(document: Mapping[str, Any], file: str) -> dict[str, Preset]:
+    """Presets of a file in the official form, by ``model.preset``."""
+    try:
+        translated, ignored = official_presets.translate(document)
+        if not translated:
+            raise ValueError("attention_configs: there is no preset of type psa")
+    except ValueError as error:
+        raise PresetError(f"{file}: {error}") from error
+    presets = {}
+    for official in translated:
+        try:
+            family, name = _name("model", official.model), _name("preset name", official.name)
+            presets[f"{family}.{name}"] = _preset(name, family, "", official.settings)
+        except ValueError as error:
+            raise PresetError(f"{file}: {official.model}: preset {official.name!r}: {error}") from error
+    if ignored:
+        _log.warning("PSA: %s: left out, because it has no meaning here: %s", file, ", ".join(ignored))
+    return presets
 
 
 def _preset(name: str, family: str, source: str, settings: object) -> Preset:

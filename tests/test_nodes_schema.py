@@ -9,6 +9,12 @@ from typing import Any
 import psa_pack
 import pytest
 
+OFFICIAL_PRESET = """
+Wan2.1_14b:
+  attention_configs:
+    mine: {type: psa, use_rearrange: false, block_size: {m: 128, n: 64}, mask_ratios: {1: [0, 0.1], 0: [0.1, 1]},
+           mask_mode: topk, warmup_steps: 15}
+"""
 USER_PRESET = "family: wan2.1_14b\npresets: {mine: {error_weight: 0.5}}\n"
 
 
@@ -89,6 +95,16 @@ def test_the_users_own_presets_are_listed_and_loaded(nodes: dict[str, Any], user
     assert "user/my wan/mine" in inputs(loader)["preset"][1]["options"]
     assert loader.validate_inputs("user/my wan/mine") is True
     assert loader.execute("user/my wan/mine").args[0].config.error_weight == 0.5
+
+
+def test_a_file_in_the_official_form_is_listed_and_loaded(nodes: dict[str, Any], user_folder: Path) -> None:
+    (user_folder / "psa_presets").mkdir()
+    (user_folder / "psa_presets" / "attention_config.yaml").write_text(OFFICIAL_PRESET)
+    loader = nodes["PSAPresetLoader"]
+    choice = "user/attention_config/Wan2.1_14b.mine"
+    assert choice in inputs(loader)["preset"][1]["options"]
+    assert loader.validate_inputs(choice) is True
+    assert loader.execute(choice).args[0].config.ranges == ((0, 0.1), (0.1, 1))
 
 
 def test_a_changed_file_gives_another_fingerprint(nodes: dict[str, Any], user_folder: Path) -> None:
