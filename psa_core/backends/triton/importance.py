@@ -18,7 +18,10 @@ def _whole_bias_kernel(
     squares_ptr, variance_ptr, counts_ptr, bias_ptr, half_scale_squared, clamp, query_blocks, key_blocks, pitch,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Logit bias of a whole block in powers of two: log of its tokens plus the clamped second-order term."""
+    """Logit bias of a whole block in powers of two: log of its tokens plus the clamped second-order term.
+
+    It is minus infinity in the columns that only pad a row to the pitch.
+    """
     z = tl.program_id(2).to(tl.int64)
     offs_d = tl.arange(0, HEAD_DIM)
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -30,9 +33,9 @@ def _whole_bias_kernel(
     variance = tl.load(variance_ptr + j[None, :] * HEAD_DIM + offs_d[:, None], mask=j_in[None, :], other=0.0)
     counts = tl.load(counts_ptr + j, mask=j_in, other=1).to(tl.float32)
     bias = tl.minimum(tl.dot(squares, variance, input_precision=PRECISION) * half_scale_squared, clamp)
-    bias = bias * 1.4426950408889634 + tl.log2(counts)[None, :]
+    bias = tl.where(j_in[None, :], bias * 1.4426950408889634 + tl.log2(counts)[None, :], float("-inf"))
     offsets = z * query_blocks * pitch + i.to(tl.int64)[:, None] * pitch + j[None, :]
-    tl.store(bias_ptr + offsets, bias, mask=i_in[:, None] & j_in[None, :])
+    tl.store(bias_ptr + offsets, bias, mask=i_in[:, None] & (j < pitch)[None, :])
 
 
 @triton.jit
@@ -61,7 +64,7 @@ def _importance_kernel(
         j = start + offs_n
         j_in = j < key_blocks
         k = tl.load(keys_ptr + j[None, :] * HEAD_DIM + offs_d[:, None], mask=j_in[None, :], other=0.0)
-        bias = tl.load(bias_ptr + bias_row[:, None] + j[None, :], mask=j_in[None, :], other=float("-inf"))
+        bias = tl.load(bias_ptr + bias_row[:, None] + j[None, :], mask=(j < pitch)[None, :], other=float("-inf"))
         qk = tl.dot(q, k, input_precision=PRECISION) * qk_scale + bias
         m_new = tl.maximum(m_i, tl.max(qk, axis=1))
         l_i = l_i * tl.exp2(m_i - m_new) + tl.sum(tl.exp2(qk - m_new[:, None]), axis=1)
@@ -76,7 +79,7 @@ def _importance_kernel(
         j = start + offs_n
         j_in = j < key_blocks
         k = tl.load(keys_ptr + j[None, :] * HEAD_DIM + offs_d[:, None], mask=j_in[None, :], other=0.0)
-        bias = tl.load(bias_ptr + bias_row[:, None] + j[None, :], mask=j_in[None, :], other=float("-inf"))
+        bias = tl.load(bias_ptr + bias_row[:, None] + j[None, :], mask=(j < pitch)[None, :], other=float("-inf"))
         qk = tl.dot(q, k, input_precision=PRECISION) * qk_scale + bias
         p = tl.exp2(qk - m_i[:, None]) * share[:, None]
         p = tl.sum(tl.reshape(p, [BLOCKS, SAMPLES, BLOCK_N]), axis=1) / tl.maximum(rows, 1.0)[:, None]
