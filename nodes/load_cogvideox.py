@@ -255,9 +255,9 @@ def _is_rotary(file: Path, weights: Mapping[str, Tensor]) -> bool:
 
 def _refuse_other_resolutions(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
     """Stop a model with a position table at any but its own resolution: it would read another place's row."""
-    x = name_arguments(executor.original, args, kwargs)["x"]
+    x = name_arguments(executor.original, args, kwargs).get("x")
     frames, rows, columns = TABLE_GRID
-    if x.shape[2] > frames or [math.ceil(extent / 2) for extent in x.shape[3:]] != [rows, columns]:
+    if x is not None and (x.shape[2] > frames or [math.ceil(extent / 2) for extent in x.shape[3:]] != [rows, columns]):
         _, _, height, width = x.shape[-4:]
         raise ValueError(
             f"this CogVideoX renders {columns * 16}x{rows * 16} and at most {frames * 4 - 3} frames only, "
