@@ -9,7 +9,11 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # decided once, when Triton is first imported
 
 # Time says nothing about a pure function on a busy machine.
 settings.register_profile("pack", deadline=None, suppress_health_check=[HealthCheck.too_slow])

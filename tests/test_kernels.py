@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from importlib import import_module
 from itertools import product
@@ -32,9 +31,6 @@ from oracle import (
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are first imported
-
 # The interpreter multiplies the bits of bf16 numbers as if they were integers.
 DTYPES = [torch.float16, torch.float32] + ([torch.bfloat16] if ON_GPU else [])
 
