@@ -39,6 +39,17 @@ def _whole_bias_kernel(
 
 
 @triton.jit
+def _block_logits(
+    q, keys_ptr, bias_ptr, bias_row, j, key_blocks, pitch, qk_scale, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Logits of sampled rows for the mean keys of blocks j ``[rows, len(j)]``, in powers of two."""
+    offs_d = tl.arange(0, HEAD_DIM)
+    k = tl.load(keys_ptr + j[None, :] * HEAD_DIM + offs_d[:, None], mask=(j < key_blocks)[None, :], other=0.0)
+    bias = tl.load(bias_ptr + bias_row[:, None] + j[None, :], mask=(j < pitch)[None, :], other=float("-inf"))
+    return tl.dot(q, k, input_precision=PRECISION) * qk_scale + bias
+
+
+@triton.jit
 def _importance_kernel(
     q_ptr, keys_ptr, tokens_ptr, bias_ptr, importance_ptr, qk_scale,
     stride_b, stride_h, stride_n, stride_d, heads, query_blocks, key_blocks, pitch, pyramid_rows, first_row_whole,
@@ -62,10 +73,7 @@ def _importance_kernel(
     l_i = tl.zeros([BLOCKS * SAMPLES], tl.float32)
     for start in range(0, key_blocks, BLOCK_N):
         j = start + offs_n
-        j_in = j < key_blocks
-        k = tl.load(keys_ptr + j[None, :] * HEAD_DIM + offs_d[:, None], mask=j_in[None, :], other=0.0)
-        bias = tl.load(bias_ptr + bias_row[:, None] + j[None, :], mask=(j < pitch)[None, :], other=float("-inf"))
-        qk = tl.dot(q, k, input_precision=PRECISION) * qk_scale + bias
+        qk = _block_logits(q, keys_ptr, bias_ptr, bias_row, j, key_blocks, pitch, qk_scale, HEAD_DIM, PRECISION)
         m_new = tl.maximum(m_i, tl.max(qk, axis=1))
         l_i = l_i * tl.exp2(m_i - m_new) + tl.sum(tl.exp2(qk - m_new[:, None]), axis=1)
         m_i = m_new
@@ -77,14 +85,11 @@ def _importance_kernel(
     importance_ptr += z * query_blocks * pitch
     for start in range(0, key_blocks, BLOCK_N):
         j = start + offs_n
-        j_in = j < key_blocks
-        k = tl.load(keys_ptr + j[None, :] * HEAD_DIM + offs_d[:, None], mask=j_in[None, :], other=0.0)
-        bias = tl.load(bias_ptr + bias_row[:, None] + j[None, :], mask=(j < pitch)[None, :], other=float("-inf"))
-        qk = tl.dot(q, k, input_precision=PRECISION) * qk_scale + bias
+        qk = _block_logits(q, keys_ptr, bias_ptr, bias_row, j, key_blocks, pitch, qk_scale, HEAD_DIM, PRECISION)
         p = tl.exp2(qk - m_i[:, None]) * share[:, None]
         p = tl.sum(tl.reshape(p, [BLOCKS, SAMPLES, BLOCK_N]), axis=1) / tl.maximum(rows, 1.0)[:, None]
         offsets = out_i.to(tl.int64)[:, None] * pitch + j[None, :]
-        tl.store(importance_ptr + offsets, p, mask=(out_i < query_blocks)[:, None] & j_in[None, :])
+        tl.store(importance_ptr + offsets, p, mask=(out_i < query_blocks)[:, None] & (j < key_blocks)[None, :])
 
 
 def importance(prepared: Prepared) -> Tensor:
