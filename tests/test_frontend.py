@@ -21,7 +21,7 @@ BYPASSED, ALWAYS = 4, 0
 
 
 def embedded_models() -> list[dict[str, str]]:
-    nodes = json.loads((ROOT / f"workflows/{TEMPLATE}.json").read_text())["nodes"]
+    nodes = [node for path in (ROOT / "workflows").glob("*.json") for node in json.loads(path.read_text())["nodes"]]
     return [model for node in nodes for model in node["properties"].get("models", [])]
 
 
@@ -36,7 +36,7 @@ def frontend(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         "diffusion_models": [DEMO / "weights/wan_demo.safetensors"],
         "vae": [DEMO / "weights/wan_demo_vae.safetensors"],
     }
-    # Files by the names of the bundled workflow's models, or a list of missing ones covers the canvas.
+    # Files by the names of the bundled workflows' models, or a list of missing ones covers the canvas.
     for model in embedded_models():
         (empty := tmp_path_factory.getbasetemp() / model["name"]).touch()
         weights.setdefault(model["directory"], []).append(empty)
@@ -75,15 +75,26 @@ def test_the_template_browser_opens_the_workflow_with_no_node_missing(frontend: 
     frontend.screenshot(PICTURES / "workflow.png")
 
 
-def test_the_bundled_workflow_asks_for_what_its_note_says(frontend: Any) -> None:
-    frontend.load(json.loads((ROOT / f"workflows/{TEMPLATE}.json").read_text()))
+@pytest.mark.parametrize(
+    ("name", "latent_node", "size", "fps"),
+    [
+        (TEMPLATE, "EmptyHunyuanLatentVideo", (832, 480, 81), 16),
+        ("psa_wan2.1_t2v_14b", "EmptyHunyuanLatentVideo", (1280, 720, 69), 16),
+        ("psa_wan2.2_ti2v_5b", "Wan22ImageToVideoLatent", (1280, 704, 121), 24),
+    ],
+)
+def test_a_bundled_workflow_asks_for_what_its_note_says(
+    frontend: Any, name: str, latent_node: str, size: tuple[int, int, int], fps: int
+) -> None:
+    frontend.load(json.loads((ROOT / f"workflows/{name}.json").read_text()))
+    assert frontend.missing_types() == []
     prompt = {node["class_type"]: node["inputs"] for node in frontend.prompt().values()}
-    latent = prompt["EmptyHunyuanLatentVideo"]
-    assert (latent["width"], latent["height"], latent["length"]) == (832, 480, 81)
+    latent = prompt[latent_node]
+    assert (latent["width"], latent["height"], latent["length"]) == size
     assert (prompt["KSampler"]["steps"], prompt["KSampler"]["cfg"]) == (50, 5)
     assert prompt["ModelSamplingSD3"]["shift"] == 5
     assert prompt["PSAAttentionPatch"].items() >= {"preset": "balanced", "error_weight": -1, "min_tokens": -1}.items()
-    assert prompt["CreateVideo"]["fps"] == 16
+    assert prompt["CreateVideo"]["fps"] == fps
 
 
 def test_the_demo_runs_from_the_frontend_and_the_node_says_what_it_did(demo: Any) -> None:
