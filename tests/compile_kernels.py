@@ -100,7 +100,7 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 
 def all_cases(sm: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every kernel for head dims, dtypes and both kinds of selection on one GPU generation."""
+    """Every kernel for both head dims, in half and full precision, on one GPU generation."""
     for head_dim in (64, 128):
         for dtype in (torch.bfloat16, torch.float32):
             config = PSAConfig(error_weight=0.01)
