@@ -213,16 +213,17 @@ def measure_psa(
     method: str, case: Case, q: Tensor, k: Tensor, v: Tensor, exact: Tensor, repeats: int
 ) -> list[dict[str, Any]]:
     """A record per preset of the case's family, and one at the common density."""
-    order = plan_order(case.layout, PSAConfig(error_weight=0.0), "cuda")
+    base = plan_order(case.layout, PSAConfig(error_weight=0.0), "cuda")
     presets = load_presets(ROOT / "presets" / f"{case.family}.yaml") if case.family else {}
     configs = {name: preset.config for name, preset in presets.items()}
     configs[f"density {TARGET_DENSITY}"] = config_of_density(
-        lambda config: density_of(case, order, config, q, k, v), TARGET_DENSITY
+        lambda config: density_of(case, base, config, q, k, v), TARGET_DENSITY
     )
     records = []
     for name, config in configs.items():
+        order = plan_order(case.layout, config, "cuda")
 
-        def attend(config: PSAConfig = config) -> Tensor:
+        def attend(config: PSAConfig = config, order: TokenOrder = order) -> Tensor:
             out = psa_attention(q, k, v, layout=case.layout, config=config, order=order, backend="triton")
             assert isinstance(out, Tensor)
             return out

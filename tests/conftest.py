@@ -15,6 +15,9 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # decided once, when Triton is first imported
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores among them
+
 # Time says nothing about a pure function on a busy machine.
 settings.register_profile("pack", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("pack")
