@@ -23,8 +23,8 @@ from torch.nn.functional import scaled_dot_product_attention
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.attention import checked_out_commit, describe_machine  # noqa: E402
 from benchmarks.learned import capture  # noqa: E402
+from benchmarks.results_file import RESULTS, checked_out_commit, describe_machine  # noqa: E402
 from psa_core import PSAConfig, TokenLayout, plan_order, psa_attention  # noqa: E402
 from psa_core.bench import config_of_density  # noqa: E402
 
@@ -109,7 +109,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--density", type=float, default=0.15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", default=checked_out_commit(), help="where there is no git: the commit measured")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
 
 

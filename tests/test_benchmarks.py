@@ -1,7 +1,9 @@
-"""Inputs of the benchmarks; their timings need a GPU."""
+"""Inputs, peers and records of the benchmarks; their timings need a GPU."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import sys
 from pathlib import Path
 
@@ -10,7 +12,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import attention, learned
+from benchmarks import attention, learned, measure, peers
+from benchmarks.results_file import ResultFile
+from psa_core import TokenLayout, psa_attention
 
 
 def test_captures_are_the_models_own_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,13 +43,13 @@ def test_captures_are_the_models_own_attention(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_perfect_result_has_no_error() -> None:
     out = torch.randn(1, 7, 30, 64)
-    chosen = attention.sample_heads(7)
+    chosen = measure.sample_heads(7)
     assert chosen[0] == 0
     assert chosen[-1] == 6
-    assert attention.errors(out, out[:, chosen]) == {"rel_l2": 0.0, "rel_l1": 0.0, "worst_head": 0.0}
+    assert measure.errors(out, out[:, chosen]) == {"rel_l2": 0.0, "rel_l1": 0.0, "worst_head": 0.0}
     worse = out.clone()
     worse[:, 6] *= 1.1
-    assert attention.errors(worse, out[:, chosen])["worst_head"] == pytest.approx(0.1, rel=1e-4)
+    assert measure.errors(worse, out[:, chosen])["worst_head"] == pytest.approx(0.1, rel=1e-4)
 
 
 def test_without_a_gpu_the_benchmark_says_so(
@@ -56,3 +60,107 @@ def test_without_a_gpu_the_benchmark_says_so(
     with pytest.raises(SystemExit):
         attention.main()
     assert "there is no CUDA device to measure on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("grid", "text"), [((5, 14, 14), 0), ((3, 17, 19), 70)])
+@pytest.mark.parametrize("key_block", peers.FLEX_KEY_BLOCKS)
+def test_flex_attention_gets_the_blocks_that_psa_attends(grid: tuple[int, int, int], text: int, key_block: int) -> None:
+    """Dense attention under the block mask, in block order and back, is PSA's result at levels exact and skip."""
+    generator = torch.Generator().manual_seed(0)
+    layout = TokenLayout(grid, video_start=text)
+    q, k, v = (torch.randn(1, 2, layout.tokens, 64, generator=generator) for _ in range(3))
+    config = peers.exact_blocks_config(layout, 0.6, key_block)
+    call = peers.FlexCall.of(layout, q, k, v, config)
+
+    def masked(q, k, v, block_mask, kernel_options):
+        rows, columns = block_mask.BLOCK_SIZE
+        blocks = block_mask.to_dense().bool()
+        allowed = blocks.repeat_interleave(rows, 2).repeat_interleave(columns, 3)
+        everywhere = torch.arange(allowed.shape[-1])
+        allowed &= block_mask.mask_mod(0, 0, 0, everywhere)
+        full = torch.zeros_like(blocks)
+        for h, i in itertools.product(range(full.shape[1]), range(full.shape[2])):
+            full[0, h, i, block_mask.full_kv_indices[0, h, i, : block_mask.full_kv_num_blocks[0, h, i]]] = True
+        assert block_mask.mask_mod(0, 0, 0, everywhere).view(-1, columns).all(-1).where(full.any(2), True).all()
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+
+    out = call.restore(call.attend(masked, *call.arrange(q, k, v)))
+    expected, stats = psa_attention(q, k, v, layout=layout, config=config, stats=True)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert call.density == pytest.approx(float(stats.density.mean()), rel=1e-6)
+    assert call.density == pytest.approx(0.6, abs=key_block / layout.tokens)  # whole blocks only
+
+
+def test_a_peer_that_fails_is_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One setting fails: its reason is recorded, the others are measured. One that cannot begin says why."""
+
+    def timed(run, repeats):
+        return run(), 2.0, 0.0
+
+    monkeypatch.setattr(attention, "timed", timed)
+    case = attention.Case((1, 4, 8), 0, 6, 64, "")
+    exact = torch.randn(1, 6, 32, 64)
+
+    def broken():
+        raise ValueError("no kernel image\nand much more")
+
+    runs = iter([peers.Run("a", lambda: exact, 1.0), peers.Run("b", broken), peers.Run("c", lambda: exact * 1.5)])
+    first, second, third = attention.measure_peer(runs, case, exact, 1)
+    assert first["preset"] == "a" and first["rel_l2"] == 0 and first["effective_tflops"] == pytest.approx(0.000786432)
+    assert second == {"preset": "b", "failed": "ValueError: no kernel image"}
+    assert third["preset"] == "c" and third["rel_l2"] == pytest.approx(0.5) and third["effective_tflops"] is None
+
+    q = torch.zeros(1, 2, 32, 64)
+    missing = peers.official(case.layout, q, q, q, 0.15, checkout=Path("/nowhere"))
+    assert list(attention.measure_peer(missing, case, exact, 1)) == [
+        {"preset": "", "failed": "/nowhere has no src/psa_triton"}
+    ]
+
+
+def test_records_survive_a_run_that_ends_early_and_give_way_to_newer_ones(tmp_path: Path) -> None:
+    path, machine = tmp_path / "new" / "a.json", {"device": "GPU", "versions": {"torch": "2.11"}, "commit": "c0ffee"}
+
+    def on_disk():
+        return json.loads(path.read_text())["records"]
+
+    results = ResultFile.open(path, machine, ("case", "method", "preset"))
+    results.add({"case": "x", "method": "sol", "preset": "", "failed": "not installed"})
+    assert on_disk()[0]["failed"] == "not installed"
+    results.add({"case": "x", "method": "sol", "preset": "tau 1", "ms": 1})
+    results.add({"case": "x", "method": "sol", "preset": "tau 2", "failed": "out of memory"})
+    assert [record.get("ms", record.get("failed")) for record in on_disk()] == [1, "out of memory"]
+
+    again = ResultFile.open(path, machine, ("case", "method", "preset"))
+    again.add({"case": "x", "method": "sol", "preset": "", "failed": "not installed"})
+    again.add({"case": "x", "method": "sol", "preset": "tau 1", "failed": "out of memory"})
+    again.add({"case": "x", "method": "sol", "preset": "tau 2", "ms": 2})
+    again.add({"case": "y", "method": "sol", "preset": "", "failed": "head dim"})
+    assert [record.get("ms", record.get("failed")) for record in on_disk()] == [1, 2, "head dim"]
+    again.add({"case": "x", "method": "sol", "preset": "tau 1", "ms": 3})
+    assert [record.get("ms") for record in on_disk()] == [2, None, 3]
+
+
+@pytest.mark.parametrize(("entry", "value"), [("device", "other"), ("versions", {"torch": "2.12"}), ("commit", "beef")])
+def test_records_of_another_machine_or_commit_are_not_mixed_in(
+    entry: str, value: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, machine = tmp_path / "a.json", {"device": "GPU", "versions": {"torch": "2.11"}, "commit": "c0ffee"}
+    ResultFile.open(path, machine, ("case",)).add({"case": "x"})
+    other = ResultFile.open(path, machine | {entry: value}, ("case",))
+    assert other.records == []
+    assert f"{entry}: {machine[entry]!r} there, {value!r} here" in capsys.readouterr().out
+    assert ResultFile.open(path, machine, ("case",)).records == [{"case": "x"}]  # until something new is measured
+
+
+def test_a_case_that_there_is_not_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["attention.py", "--cases", "wan2.1_14b,wan3"])
+    with pytest.raises(SystemExit):
+        attention.main()
+    assert "'wan3' begins none of wan2.1_14b_720p_81f, wan2.1_1.3b_480p_81f" in capsys.readouterr().err
+
+
+def test_every_case_has_presets() -> None:
+    for case in attention.CASES.values():
+        assert (attention.ROOT / "presets" / f"{case.family}.yaml").exists()
