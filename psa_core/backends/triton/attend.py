@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import attend_config, capability
 from .importance import LOG2E
@@ -18,13 +19,10 @@ GREATEST_SUM = tl.constexpr(2.0**64)
 
 
 @triton.jit
-def _tile(
-    acc, l_i, m_i, q, keys_ptr, values_ptr, offsets, bias, qk_scale,
-    BIASED: tl.constexpr, ONLINE: tl.constexpr, PRECISION: tl.constexpr,
+def _attend_tile(
+    acc, l_i, m_i, q, k, v, bias, qk_scale, BIASED: tl.constexpr, ONLINE: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Attend to one tile of keys and values; logits and their bias ``[BLOCK_N]`` are in powers of two."""
-    k = tl.load(keys_ptr + offsets)
-    v = tl.load(values_ptr + offsets)
+    """Attend to one tile of keys and values; logits and their bias ``[rows of k]`` are in powers of two."""
     qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if ONLINE:
         qk *= qk_scale
@@ -46,10 +44,12 @@ def _tile(
 
 @triton.jit
 def _attend_to_lists(
-    q, m_i, keys_ptr, values_ptr, key_tokens_ptr, indices_ptr, bias_ptr, counts_ptr, qk_scale,
+    q, m_i, keys_ptr, values_ptr, keys_tiles, values_tiles, head_row,
+    key_tokens_ptr, indices_ptr, bias_ptr, counts_ptr, qk_scale,
     video_keys, places, last_count, first_row_2, first_row_4, first_row_8, first_row_whole,
     KEY_BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, LOG_N: tl.constexpr, SLOTS: tl.constexpr, ONLINE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, EXACT_N: tl.constexpr, EXACT_STAGES: tl.constexpr, SLOTS: tl.constexpr, ONLINE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Weighted sum of values ``[BLOCK_M, D]`` and sum of weights ``[BLOCK_M]`` of one tile of query rows."""
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, HEAD_DIM)
@@ -57,26 +57,48 @@ def _attend_to_lists(
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     no_bias = tl.zeros([BLOCK_N], tl.float32)
 
-    # In both loops the indices of the next tile are read with this one: keys and values whose address is known early
+    # In every loop the indices of the next tile are read with this one: keys and values whose address is known early
     # are fetched while earlier tiles are multiplied.
 
-    # Level 1: whole key blocks, contiguous.
     begin = 0
     first_slot = 0
-    if KEY_BLOCK >= BLOCK_N and not ONLINE:
+    if KEY_BLOCK >= EXACT_N and not ONLINE:
+        # Level 1: whole key blocks.
+        PER_BLOCK: tl.constexpr = KEY_BLOCK // EXACT_N
         begin = tl.load(counts_ptr)
         first_slot = 1
-        in_tile = offs_n[:, None] * HEAD_DIM + offs_d[None, :]
-        tiles = begin << (LOG_BLOCK - LOG_N)
+        in_tile = tl.arange(0, EXACT_N)[:, None] * HEAD_DIM + offs_d[None, :]
+        tiles = begin * PER_BLOCK
         upcoming = tl.load(indices_ptr, mask=tiles > 0, other=0)
-        for t in range(0, tiles):
-            key_block = upcoming.to(tl.int64)
-            upcoming = tl.load(indices_ptr + (tl.minimum(t + 1, tiles - 1) >> (LOG_BLOCK - LOG_N)))
-            first = (key_block * KEY_BLOCK + (t & ((1 << (LOG_BLOCK - LOG_N)) - 1)) * BLOCK_N) * HEAD_DIM
-            acc, l_i, m_i = _tile(
-                acc, l_i, m_i, q, keys_ptr + first, values_ptr + first, in_tile, no_bias, qk_scale,
-                False, ONLINE, PRECISION,
-            )  # fmt: skip
+        for t in tl.range(0, tiles, num_stages=EXACT_STAGES):
+            row = upcoming * KEY_BLOCK + t % PER_BLOCK * EXACT_N
+            upcoming = tl.load(indices_ptr + tl.minimum(t + 1, tiles - 1) // PER_BLOCK)
+            if DESCRIPTORS:
+                k, v = keys_tiles.load([head_row + row, 0]), values_tiles.load([head_row + row, 0])
+            else:
+                offset = row.to(tl.int64) * HEAD_DIM
+                k, v = tl.load(keys_ptr + offset + in_tile), tl.load(values_ptr + offset + in_tile)
+            acc, l_i, m_i = _attend_tile(acc, l_i, m_i, q, k, v, no_bias, qk_scale, False, ONLINE, PRECISION)
+
+    if KEY_BLOCK >= 2 * BLOCK_N and not ONLINE:
+        # Level 2: the groups of one block fill one tile or several, which therefore have one bias.
+        PER_HALF: tl.constexpr = KEY_BLOCK // (2 * BLOCK_N)
+        count = tl.load(counts_ptr + 1)
+        first_slot = 2
+        in_half = offs_n[:, None] * HEAD_DIM + offs_d[None, :]
+        tiles = count * PER_HALF
+        upcoming = tl.load(indices_ptr + begin, mask=tiles > 0, other=0)
+        upcoming_bias = tl.load(bias_ptr + begin, mask=tiles > 0, other=0.0)
+        for t in tl.range(0, tiles):
+            row = first_row_2 + upcoming * (KEY_BLOCK // 2) + t % PER_HALF * BLOCK_N
+            shifted = m_i - upcoming_bias
+            entry = begin + tl.minimum(t + 1, tiles - 1) // PER_HALF
+            upcoming = tl.load(indices_ptr + entry)
+            upcoming_bias = tl.load(bias_ptr + entry)
+            offset = row.to(tl.int64) * HEAD_DIM
+            k, v = tl.load(keys_ptr + offset + in_half), tl.load(values_ptr + offset + in_half)
+            acc, l_i, shifted = _attend_tile(acc, l_i, shifted, q, k, v, no_bias, qk_scale, False, ONLINE, PRECISION)
+        begin += count
 
     # The other levels, one after the other: the groups of several blocks fill one tile.
     for slot in range(first_slot, SLOTS):
@@ -85,20 +107,20 @@ def _attend_to_lists(
         first_row = tl.where(slot == 0, 0, tl.where(slot == 1, first_row_2, tl.where(slot == 2, first_row_4,
             tl.where(slot == 3, first_row_8, first_row_whole))))  # fmt: skip
         groups = count << log_groups
-        entry = begin + (offs_n >> log_groups)
+        within = (1 << log_groups) - 1
+        entry = begin + (tl.minimum(offs_n, tl.maximum(groups, 1) - 1) >> log_groups)
         next_block = tl.load(indices_ptr + entry, mask=offs_n < groups, other=0)
         next_bias = tl.load(bias_ptr + entry, mask=offs_n < groups, other=float("-inf"))
-        for start in range(0, groups, BLOCK_N):
+        for start in tl.range(0, groups, BLOCK_N):
             block, bias = next_block, next_bias
             r = start + BLOCK_N + offs_n
-            entry = begin + (r >> log_groups)
-            next_block = tl.load(indices_ptr + entry, mask=r < groups, other=0)
+            entry = begin + (tl.minimum(r, groups - 1) >> log_groups)
+            next_block = tl.load(indices_ptr + entry)
             next_bias = tl.load(bias_ptr + entry, mask=r < groups, other=float("-inf"))
-            rows = first_row + (block << log_groups) + ((start + offs_n) & ((1 << log_groups) - 1))
+            rows = first_row + (block << log_groups) + ((start + offs_n) & within)
             offsets = rows.to(tl.int64)[:, None] * HEAD_DIM + offs_d[None, :]
-            acc, l_i, m_i = _tile(
-                acc, l_i, m_i, q, keys_ptr, values_ptr, offsets, bias, qk_scale, True, ONLINE, PRECISION
-            )
+            k, v = tl.load(keys_ptr + offsets), tl.load(values_ptr + offsets)
+            acc, l_i, m_i = _attend_tile(acc, l_i, m_i, q, k, v, bias, qk_scale, True, ONLINE, PRECISION)
         begin += count
 
     # A ragged last video block at its level, then exact key blocks: what has empty places.
@@ -121,19 +143,21 @@ def _attend_to_lists(
         bias = tl.where(r < ragged_rows, tl.log2(members) + ragged_bias, tl.where(filled, 0.0, float("-inf")))
         rows = tl.where(r < ragged_rows, ragged_first + r, tl.minimum(place, places - 1)).to(tl.int64)
         offsets = rows[:, None] * HEAD_DIM + offs_d[None, :]
-        acc, l_i, m_i = _tile(acc, l_i, m_i, q, keys_ptr, values_ptr, offsets, bias, qk_scale, True, ONLINE, PRECISION)
+        k, v = tl.load(keys_ptr + offsets), tl.load(values_ptr + offsets)
+        acc, l_i, m_i = _attend_tile(acc, l_i, m_i, q, k, v, bias, qk_scale, True, ONLINE, PRECISION)
     return acc, l_i
 
 
 @triton.jit
 def _attend_kernel(
-    q_ptr, keys_ptr, values_ptr, out_ptr, query_tokens_ptr, key_tokens_ptr, indices_ptr, bias_ptr, counts_ptr, qk_scale,
+    q_ptr, keys_ptr, values_ptr, keys_tiles, values_tiles, out_ptr,
+    query_tokens_ptr, key_tokens_ptr, indices_ptr, bias_ptr, counts_ptr, qk_scale,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_ob, stride_oh, stride_on, stride_od,
     heads, query_blocks, video_rows, video_keys, places, last_count, pyramid_rows,
     first_row_2, first_row_4, first_row_8, first_row_whole,
     QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOG_N: tl.constexpr, SLOTS: tl.constexpr, COUNTS: tl.constexpr,
-    FAST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXACT_N: tl.constexpr, EXACT_STAGES: tl.constexpr,
+    SLOTS: tl.constexpr, COUNTS: tl.constexpr, FAST: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Exact query blocks come last and attend to everything: they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -144,6 +168,7 @@ def _attend_kernel(
     token = tl.load(query_tokens_ptr + places_m).to(tl.int64)
     q_ptr += (z // heads) * stride_qb + (z % heads) * stride_qh
     q = tl.load(q_ptr + token[:, None] * stride_qn + offs_d[None, :] * stride_qd, mask=(token >= 0)[:, None], other=0.0)
+    head_row = tl.program_id(1) * pyramid_rows
     keys_ptr += z * pyramid_rows * HEAD_DIM
     values_ptr += z * pyramid_rows * HEAD_DIM
     counts_ptr += row * COUNTS
@@ -158,9 +183,10 @@ def _attend_kernel(
         k = tl.load(keys_ptr + own[:, None] * HEAD_DIM + offs_d[None, :])
         m_i = tl.max(tl.dot(q, tl.trans(k), input_precision=PRECISION), axis=1) * qk_scale
         acc, l_i = _attend_to_lists(
-            q, m_i, keys_ptr, values_ptr, key_tokens_ptr, indices_ptr, bias_ptr, counts_ptr, qk_scale,
+            q, m_i, keys_ptr, values_ptr, keys_tiles, values_tiles, head_row,
+            key_tokens_ptr, indices_ptr, bias_ptr, counts_ptr, qk_scale,
             video_keys, places, last_count, first_row_2, first_row_4, first_row_8, first_row_whole,
-            KEY_BLOCK, LOG_BLOCK, HEAD_DIM, BLOCK_M, BLOCK_N, LOG_N, SLOTS, False, PRECISION,
+            KEY_BLOCK, LOG_BLOCK, HEAD_DIM, BLOCK_M, BLOCK_N, EXACT_N, EXACT_STAGES, SLOTS, False, DESCRIPTORS, PRECISION,
         )  # fmt: skip
         overflown = tl.sum(tl.sum(tl.where(acc - acc == 0.0, 0, 1), axis=1), axis=0) > 0
         again = overflown | (tl.min(l_i) < LEAST_SUM) | (tl.max(l_i) > GREATEST_SUM)
@@ -171,9 +197,10 @@ def _attend_kernel(
     if again:
         m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
         acc, l_i = _attend_to_lists(
-            q, m_i, keys_ptr, values_ptr, key_tokens_ptr, indices_ptr, bias_ptr, counts_ptr, qk_scale,
+            q, m_i, keys_ptr, values_ptr, keys_tiles, values_tiles, head_row,
+            key_tokens_ptr, indices_ptr, bias_ptr, counts_ptr, qk_scale,
             video_keys, places, last_count, first_row_2, first_row_4, first_row_8, first_row_whole,
-            KEY_BLOCK, LOG_BLOCK, HEAD_DIM, BLOCK_M, BLOCK_N, LOG_N, SLOTS, True, PRECISION,
+            KEY_BLOCK, LOG_BLOCK, HEAD_DIM, BLOCK_M, BLOCK_N, EXACT_N, EXACT_STAGES, SLOTS, True, DESCRIPTORS, PRECISION,
         )  # fmt: skip
 
     out_ptr += (z // heads) * stride_ob + (z % heads) * stride_oh
@@ -188,13 +215,23 @@ def attend(prepared: Prepared, selection: Selection, out: Tensor) -> None:
     batch, heads, _, head_dim = q.shape
     tuned = attend_config(capability(q.device), q.dtype, head_dim, rows.size)
     first = prepared.layout.first
+    tiles = None, None
+    if tuned.descriptors:
+        tiles = _describe(prepared.keys, tuned.exact_n), _describe(prepared.values, tuned.exact_n)
+    limits = {"maxnreg": tuned.max_registers} if tuned.max_registers else {}
     _attend_kernel[(rows.blocks * (rows.size // tuned.block_m), batch * heads)](
-        q, prepared.keys, prepared.values, out, rows.tokens, keys.tokens,
+        q, prepared.keys, prepared.values, *tiles, out, rows.tokens, keys.tokens,
         selection.indices, selection.bias, selection.counts, prepared.scale * LOG2E,
         *head_strides(q), *head_strides(out), heads, rows.blocks, rows.video_blocks, keys.video_blocks,
         keys.blocks * keys.size, keys.last_video_count, prepared.layout.rows, *first[1:],
         QUERY_BLOCK=rows.size, KEY_BLOCK=keys.size, LOG_BLOCK=keys.size.bit_length() - 1, HEAD_DIM=head_dim,
-        BLOCK_M=tuned.block_m, BLOCK_N=tuned.block_n, LOG_N=tuned.block_n.bit_length() - 1, SLOTS=SLOTS, COUNTS=COUNTS,
-        FAST=tuned.fast, PRECISION=tuned.precision,
-        num_warps=tuned.num_warps, num_stages=tuned.num_stages,
+        BLOCK_M=tuned.block_m, BLOCK_N=tuned.block_n, EXACT_N=tuned.exact_n, EXACT_STAGES=tuned.exact_stages,
+        SLOTS=SLOTS, COUNTS=COUNTS, FAST=tuned.fast, DESCRIPTORS=tuned.descriptors, PRECISION=tuned.precision,
+        num_warps=tuned.num_warps, num_stages=tuned.num_stages, **limits,
     )  # fmt: skip
+
+
+def _describe(pyramid: Tensor, rows: int) -> TensorDescriptor:
+    """Descriptor of tiles ``[rows, D]`` of the pyramids of all heads, for the GPU's copy engine."""
+    flat = pyramid.flatten(0, 1)
+    return TensorDescriptor(flat, flat.shape, flat.stride(), [rows, flat.shape[1]])

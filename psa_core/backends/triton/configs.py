@@ -25,6 +25,10 @@ class AttendConfig:
     block_n: int
     num_warps: int
     num_stages: int
+    exact_n: int
+    exact_stages: int
+    descriptors: bool = False
+    max_registers: int | None = None
     precision: str = "tf32"
     fast: bool = True
 
@@ -40,9 +44,9 @@ def capability(device: torch.device) -> int:
 def attend_config(sm: int, dtype: torch.dtype, head_dim: int, query_block: int) -> AttendConfig:
     """Settings for a compute capability, dtype, head dim and query block."""
     if dtype == torch.float32:
-        return AttendConfig(block_m=64, block_n=64, num_warps=8, num_stages=1, precision="ieee", fast=False)
+        return AttendConfig(block_m=64, block_n=64, num_warps=8, num_stages=1, exact_n=64, exact_stages=1, precision="ieee", fast=False)
     if sm == 90:  # two programs of 128 rows share an SM and take turns on its tensor cores
-        return AttendConfig(block_m=query_block, block_n=32 if head_dim == 128 else 64, num_warps=4, num_stages=3)
+        return AttendConfig(block_m=query_block, block_n=32 if head_dim == 128 else 64, num_warps=4, num_stages=3, exact_n=32 if head_dim == 128 else 64, exact_stages=3)
     if head_dim == 128 and sm != 100:  # more rows would spill registers
-        return AttendConfig(block_m=64, block_n=64, num_warps=4, num_stages=2)
-    return AttendConfig(block_m=query_block, block_n=64, num_warps=8, num_stages=2)
+        return AttendConfig(block_m=64, block_n=64, num_warps=4, num_stages=2, exact_n=64, exact_stages=2)
+    return AttendConfig(block_m=query_block, block_n=64, num_warps=8, num_stages=2, exact_n=64, exact_stages=2)

@@ -40,13 +40,15 @@ def _whole_bias_kernel(
 
 @triton.jit
 def _block_logits(
-    q, keys_ptr, bias_ptr, bias_row, j, key_blocks, pitch, qk_scale, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr
+    q, keys_ptr, bias_ptr, bias_row, j, key_blocks, pitch, qk_scale,
+    BLOCKS: tl.constexpr, SAMPLES: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Logits of sampled rows for the mean keys of blocks j ``[rows, len(j)]``, in powers of two."""
+    """Logits of the mean keys of blocks j for sampled rows ``[len(j), BLOCKS, SAMPLES]``, in powers of two."""
     offs_d = tl.arange(0, HEAD_DIM)
-    k = tl.load(keys_ptr + j[None, :] * HEAD_DIM + offs_d[:, None], mask=(j < key_blocks)[None, :], other=0.0)
-    bias = tl.load(bias_ptr + bias_row[:, None] + j[None, :], mask=(j < pitch)[None, :], other=float("-inf"))
-    return tl.dot(q, k, input_precision=PRECISION) * qk_scale + bias
+    bias = tl.load(bias_ptr + bias_row[None, :] + j[:, None], mask=(j < pitch)[:, None], other=float("-inf"))
+    k = tl.load(keys_ptr + j[:, None] * HEAD_DIM + offs_d[None, :], mask=(j < key_blocks)[:, None], other=0.0)
+    qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    return tl.reshape(qk, [qk.shape[0], BLOCKS, SAMPLES]) * qk_scale + bias[:, :, None]
 
 
 @triton.jit
@@ -56,40 +58,47 @@ def _importance_kernel(
     QUERY_BLOCK: tl.constexpr, STRIDE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    # Keys are the rows of the logits and queries their columns: a query block's bias is then one number per row, and
+    # the mean over its queries a sum within a row. Every place keeps a maximum and a sum of its own until the end.
     z = tl.program_id(1).to(tl.int64)
     SAMPLES: tl.constexpr = QUERY_BLOCK // STRIDE
     offs_m, offs_n, offs_d = tl.arange(0, BLOCKS * SAMPLES), tl.arange(0, BLOCK_N), tl.arange(0, HEAD_DIM)
     i = tl.program_id(0) * BLOCKS + offs_m // SAMPLES
     place = i * QUERY_BLOCK + (offs_m % SAMPLES) * STRIDE
     token = tl.load(tokens_ptr + place, mask=i < query_blocks, other=-1).to(tl.int64)
-    filled = token >= 0
     q_ptr += (z // heads) * stride_b + (z % heads) * stride_h
-    q = tl.load(q_ptr + token[:, None] * stride_n + offs_d[None, :] * stride_d, mask=filled[:, None], other=0.0)
+    q = tl.load(q_ptr + token[:, None] * stride_n + offs_d[None, :] * stride_d, mask=(token >= 0)[:, None], other=0.0)
     keys_ptr += (z * pyramid_rows + first_row_whole) * HEAD_DIM
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     bias_ptr += z * query_blocks * pitch
-    bias_row = tl.minimum(i, query_blocks - 1).to(tl.int64) * pitch
+    bias_row = tl.minimum(block, query_blocks - 1).to(tl.int64) * pitch
 
-    m_i = tl.full([BLOCKS * SAMPLES], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCKS * SAMPLES], tl.float32)
+    m = tl.full([BLOCK_N, BLOCKS, SAMPLES], -1e30, tl.float32)
+    l = tl.zeros([BLOCK_N, BLOCKS, SAMPLES], tl.float32)
     for start in range(0, key_blocks, BLOCK_N):
-        j = start + offs_n
-        qk = _block_logits(q, keys_ptr, bias_ptr, bias_row, j, key_blocks, pitch, qk_scale, HEAD_DIM, PRECISION)
-        m_new = tl.maximum(m_i, tl.max(qk, axis=1))
-        l_i = l_i * tl.exp2(m_i - m_new) + tl.sum(tl.exp2(qk - m_new[:, None]), axis=1)
-        m_i = m_new
+        qk = _block_logits(
+            q, keys_ptr, bias_ptr, bias_row, start + offs_n, key_blocks, pitch, qk_scale,
+            BLOCKS, SAMPLES, HEAD_DIM, PRECISION,
+        )  # fmt: skip
+        above = qk - m
+        smaller = tl.exp2(-tl.abs(above))
+        l = tl.where(above > 0, l * smaller + 1.0, l + smaller)
+        m = tl.maximum(m, qk)
+    m_row = tl.max(m, axis=0)
+    log_sum = m_row + tl.log2(tl.sum(l * tl.exp2(m - m_row[None, :, :]), axis=0))
 
-    weight = filled.to(tl.float32)
-    rows = tl.sum(tl.reshape(weight, [BLOCKS, SAMPLES]), axis=1)
-    share = weight / l_i
-    out_i = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    filled = tl.reshape(token >= 0, [BLOCKS, SAMPLES])
+    log_sum = tl.where(filled, log_sum, float("inf"))
+    rows = tl.maximum(tl.sum(filled.to(tl.float32), axis=1), 1.0)
     importance_ptr += z * query_blocks * pitch
     for start in range(0, key_blocks, BLOCK_N):
         j = start + offs_n
-        qk = _block_logits(q, keys_ptr, bias_ptr, bias_row, j, key_blocks, pitch, qk_scale, HEAD_DIM, PRECISION)
-        p = tl.exp2(qk - m_i[:, None]) * share[:, None]
-        p = tl.sum(tl.reshape(p, [BLOCKS, SAMPLES, BLOCK_N]), axis=1) / tl.maximum(rows, 1.0)[:, None]
-        offsets = out_i.to(tl.int64)[:, None] * pitch + j[None, :]
-        tl.store(importance_ptr + offsets, p, mask=(out_i < query_blocks)[:, None] & (j < key_blocks)[None, :])
+        qk = _block_logits(
+            q, keys_ptr, bias_ptr, bias_row, j, key_blocks, pitch, qk_scale, BLOCKS, SAMPLES, HEAD_DIM, PRECISION
+        )
+        p = tl.sum(tl.exp2(qk - log_sum[None, :, :]), axis=2) / rows[None, :]
+        offsets = block.to(tl.int64)[None, :] * pitch + j[:, None]
+        tl.store(importance_ptr + offsets, p, mask=(block < query_blocks)[None, :] & (j < key_blocks)[:, None])
 
 
 def importance(prepared: Prepared) -> Tensor:
@@ -108,11 +117,12 @@ def importance(prepared: Prepared) -> Tensor:
     )  # fmt: skip
     result = empty(q, z, queries.blocks, pitch, dtype=torch.float32)
     stride = prepared.config.importance_stride
-    blocks = max(1, 128 * stride // queries.size) if q.dtype != torch.float32 else max(1, 32 * stride // queries.size)
+    rows = 32 if q.dtype == torch.float32 else 64
+    blocks = max(1, rows * stride // queries.size)
     _importance_kernel[(triton.cdiv(queries.blocks, blocks), z)](
         q, prepared.keys, queries.tokens, bias, result, prepared.scale * LOG2E, *head_strides(q), heads,
         queries.blocks, keys.blocks, pitch, prepared.layout.rows, prepared.layout.first[4],
         QUERY_BLOCK=queries.size, STRIDE=stride, BLOCKS=blocks, BLOCK_N=64, HEAD_DIM=head_dim, PRECISION=precision,
-        num_warps=4 if q.dtype != torch.float32 else 8,
+        num_warps=8 if q.dtype == torch.float32 else 4, num_stages=3,
     )  # fmt: skip
     return result.view(batch, heads, queries.blocks, pitch)[..., : keys.blocks]

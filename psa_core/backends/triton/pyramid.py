@@ -204,7 +204,7 @@ def _build_pyramid(
         x, mean, table.tokens, rows, variance, power,
         *head_strides(x), heads, table.blocks, table.video_blocks, layout.rows, *layout.first[1:],
         KEY_BLOCK=table.size, HEAD_DIM=head_dim,
-        HAS_2=2 in config.levels, HAS_4=4 in config.levels, HAS_8=8 in config.levels, IS_KEY=is_key,
+        HAS_2=2 in config.levels, HAS_4=4 in config.levels, HAS_8=8 in config.levels, IS_KEY=is_key, num_warps=2,
     )  # fmt: skip
     return rows, variance, power
 

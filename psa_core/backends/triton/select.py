@@ -68,39 +68,62 @@ def _level_kernel(
 
 
 @triton.jit
+def _one_of_each(codes_ptr, pair, start, listed_keys, coded_keys, BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr):
+    """Slots of the next key blocks ``[BLOCK]``, and a one in the 12 bits of each listed block's slot."""
+    j = start + tl.arange(0, BLOCK)
+    code = tl.load(codes_ptr + pair + j, mask=j < coded_keys, other=0).to(tl.int32)
+    slot = tl.where(code == LOG_BLOCK, 4, code)
+    is_listed = (slot <= 4) & (j < listed_keys)
+    slot = tl.where(is_listed, slot, 0)
+    return j, slot, is_listed, is_listed.to(tl.int64) << (12 * slot).to(tl.int64)
+
+
+@triton.jit
 def _list_kernel(
     codes_ptr, bias_ptr, indices_ptr, listed_bias_ptr, counts_ptr, query_blocks, video_rows, video_keys, last_count,
     KEY_BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
-    """List the key blocks of one query block, level after level. A query block of exact tokens takes all at level 1."""
+    """List the key blocks of one query block, level after level. A query block of exact tokens takes all at level 1.
+
+    Places in all five lists come from one running sum, which counts each level in 12 bits of its own.
+    """
     row, z = tl.program_id(0), tl.program_id(1).to(tl.int64)
     pair = (z * query_blocks + row) * video_keys
     counts_ptr += (z * query_blocks + row) * COUNTS
-    chosen_keys = tl.where(row < video_rows, video_keys, 0)
-    listed = tl.zeros([], tl.int32)
-    groups = tl.zeros([], tl.int32)
+    coded_keys = tl.where(row < video_rows, video_keys, 0)
+    listed_keys = tl.where(last_count < KEY_BLOCK, video_keys - 1, video_keys)
+    slots = tl.arange(0, 8)
+    shifts = (12 * tl.minimum(slots, SLOTS - 1)).to(tl.int64)
+    counts = tl.zeros([8], tl.int32)
+    for start in range(0, listed_keys, BLOCK):
+        _, _, _, ones = _one_of_each(codes_ptr, pair, start, listed_keys, coded_keys, BLOCK, LOG_BLOCK)
+        counts += ((tl.sum(ones, axis=0) >> shifts) & 4095).to(tl.int32)
+    counts = tl.where(slots < SLOTS, counts, 0)
+    tl.store(counts_ptr + slots, counts, mask=slots < SLOTS)
+
+    first = tl.cumsum(counts, axis=0) - counts
+    for start in range(0, listed_keys, BLOCK):
+        j, slot, is_listed, ones = _one_of_each(codes_ptr, pair, start, listed_keys, coded_keys, BLOCK, LOG_BLOCK)
+        bias = tl.load(bias_ptr + pair + j, mask=is_listed & (j < coded_keys), other=0.0)
+        before = (((tl.cumsum(ones, axis=0) - ones) >> (12 * slot).to(tl.int64)) & 4095).to(tl.int32)
+        before += tl.sum(tl.where(slot[:, None] == slots[None, :], first[None, :], 0), axis=1)
+        log_size = tl.where(slot == 4, LOG_BLOCK, slot)
+        tl.store(indices_ptr + pair + before, j, mask=is_listed)
+        tl.store(listed_bias_ptr + pair + before, bias * 1.4426950408889634 + log_size, mask=is_listed)
+        first += ((tl.sum(ones, axis=0) >> shifts) & 4095).to(tl.int32)
+
+    # Groups of all listed blocks, and those of a ragged last one at its level.
+    log_sizes = tl.where(slots == 4, LOG_BLOCK, tl.minimum(slots, LOG_BLOCK))
+    groups = tl.sum(counts << (LOG_BLOCK - log_sizes), axis=0)
     ragged = tl.full([], -1, tl.int32)
-    for slot in tl.static_range(SLOTS):
-        log_size = LOG_BLOCK if slot == SLOTS - 1 else slot
-        first = listed
-        for start in range(0, video_keys, BLOCK):
-            j = start + tl.arange(0, BLOCK)
-            code = tl.load(codes_ptr + pair + j, mask=j < chosen_keys, other=0).to(tl.int32)
-            here = ((code == log_size) & (j < video_keys)).to(tl.int32)
-            tokens = tl.where(j == video_keys - 1, last_count, KEY_BLOCK)
-            groups += tl.sum(here * ((tokens + ((1 << log_size) - 1)) >> log_size), axis=0)
-            is_ragged = here * (tokens < KEY_BLOCK).to(tl.int32)
-            ragged = tl.maximum(ragged, tl.max(tl.where(is_ragged > 0, log_size, -1), axis=0))
-            here -= is_ragged
-            bias = tl.load(bias_ptr + pair + j, mask=(here > 0) & (j < chosen_keys), other=0.0)
-            at = pair + listed + tl.cumsum(here, axis=0) - 1
-            tl.store(indices_ptr + at, j, mask=here > 0)
-            tl.store(listed_bias_ptr + at, bias * 1.4426950408889634 + log_size, mask=here > 0)
-            listed += tl.sum(here, axis=0)
-        tl.store(counts_ptr + slot, listed - first)
-    if ragged > 0:
-        bias = tl.load(bias_ptr + pair + video_keys - 1)
-        tl.store(listed_bias_ptr + pair + video_keys - 1, bias * 1.4426950408889634)
+    if listed_keys < video_keys:
+        code = tl.load(codes_ptr + pair + video_keys - 1, mask=coded_keys > 0, other=0).to(tl.int32)
+        if code <= LOG_BLOCK:
+            ragged = code
+            groups += (last_count + (1 << code) - 1) >> code
+        if ragged > 0:
+            bias = tl.load(bias_ptr + pair + video_keys - 1)
+            tl.store(listed_bias_ptr + pair + video_keys - 1, bias * 1.4426950408889634)
     tl.store(counts_ptr + SLOTS, ragged)
     tl.store(counts_ptr + SLOTS + 1, groups)
 
@@ -158,7 +181,7 @@ def _run_level_kernel(prepared: Prepared, codes: Tensor, importance: Tensor | No
     bias = empty(codes, *codes.shape, dtype=torch.float32)
     if rows.video_blocks == 0:
         return bias
-    block_m, block_n = 16, 64
+    block_m, block_n = 64, 32
     grid = (triton.cdiv(rows.video_blocks, block_m), triton.cdiv(keys.video_blocks, block_n), codes.shape[0])
     _level_kernel[grid](
         importance, prepared.query_squares, prepared.key_variance, prepared.value_variance, prepared.value_power,
@@ -168,7 +191,7 @@ def _run_level_kernel(prepared: Prepared, codes: Tensor, importance: Tensor | No
         KEY_BLOCK=keys.size, LOG_BLOCK=keys.size.bit_length() - 1, HEAD_DIM=prepared.q.shape[-1],
         USED=sum(1 << slot for slot, level in enumerate((2, 4, 8, "block")) if level in config.levels),
         CHOOSE=importance is not None, VARIANCE_TERM=config.variance_term,
-        BLOCK_M=block_m, BLOCK_N=block_n, PRECISION=statistics_precision(prepared.q.dtype), num_stages=1, num_warps=8,
+        BLOCK_M=block_m, BLOCK_N=block_n, PRECISION=statistics_precision(prepared.q.dtype), num_stages=1, num_warps=4,
     )  # fmt: skip
     return bias
 
