@@ -12,9 +12,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import attention, learned, measure, peers
+from benchmarks import attention, comfy_models, learned, measure, peers, sampling
 from benchmarks.results_file import ResultFile
 from psa_core import TokenLayout, psa_attention
+from psa_core.presets import load_presets
+
+PRESETS = attention.ROOT / "presets"
 
 
 def test_captures_are_the_models_own_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,3 +167,70 @@ def test_a_case_that_there_is_not_is_refused(
 def test_every_case_has_presets() -> None:
     for case in attention.CASES.values():
         assert (attention.ROOT / "presets" / f"{case.family}.yaml").exists()
+
+
+def test_sampling_goes_through_comfyui(comfyui: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Dense and sparse runs of a small model: each block attends once a step, and sparse runs as sparse as asked."""
+    arguments = ["--comfyui", str(comfyui), "--tiny", "--models", "wan2.1_1.3b", "--out", str(tmp_path)]
+    sampling.main([*arguments, "--runs", "dense,quality,density", "--densities", "0.3,0.6"])
+    (path,) = tmp_path.glob("sampling-tiny-*.json")
+    written = json.loads(path.read_text())
+    assert written["versions"]["comfyui"]
+    dense, quality, sparser, denser = written["records"]
+    assert [record["preset"] for record in written["records"]] == ["", "quality", "density 0.3", "density 0.6"]
+    for record in written["records"]:
+        assert record["weights"] == "random" and record["tokens"] == 3 * 8 * 9
+        assert record["attention_calls_per_step"] == 2  # two blocks, and the prompts in one batch
+        assert 0 < record["attention_share"] < 1 and record["seconds_per_step"] > 0
+    assert dense["density"] == 1 and dense["method"] == "dense"
+    assert quality["error_weight"] == pytest.approx(
+        load_presets(PRESETS / "wan2.1_1.3b.yaml")["quality"].config.error_weight
+    )
+    assert sparser["density"] == pytest.approx(0.3, abs=0.1) and denser["density"] == pytest.approx(0.6, abs=0.1)
+    assert sparser["error_weight"] > denser["error_weight"]
+
+    sampling.main([*arguments, "--runs", "balanced"])
+    assert len(json.loads(path.read_text())["records"]) == 5
+    assert "holds 4 records of this machine and commit" in capsys.readouterr().out
+
+
+def test_a_run_that_fell_back_to_dense_is_no_measurement(
+    comfyui: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args, **kwargs):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr("psa_pack.nodes.session.psa_attention", broken)
+    arguments = ["--comfyui", str(comfyui), "--tiny", "--models", "wan2.1_1.3b", "--out", str(tmp_path)]
+    sampling.main([*arguments, "--runs", "balanced"])
+    (path,) = tmp_path.glob("*.json")
+    (record,) = json.loads(path.read_text())["records"]
+    assert record["failed"].startswith("not every step was sparse: 0 sparse calls")
+    assert "no such kernel" in record["failed"]
+
+
+def test_the_models_have_the_sizes_of_the_attention_cases() -> None:
+    for case in attention.CASES.values():
+        if model := comfy_models.MODELS.get(case.family):
+            assert model.grid == case.grid and model.tokens == case.layout.tokens
+            heads = model.settings.get("num_heads", model.settings.get("num_attention_heads"))
+            assert heads == case.heads
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "wan3"], "'wan3' is not one of wan2.1_14b, wan2.1_1.3b, wan2.2_5b, cogvideox_5b"),
+        (["--densities", "0.3,2"], "'0.3,2' is not numbers between 0 and 1"),
+        (["--steps", "1"], "1 is less than 2"),
+        (["--runs", "dense,best"], "'best' is not one of dense, dense cudnn, balanced"),
+    ],
+)
+def test_what_sampling_cannot_do_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        sampling.main(["--tiny", "--comfyui", "/nowhere", *arguments])
+    assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="'/nowhere' is not a ComfyUI source folder"):
+        sampling.main(["--tiny", "--comfyui", "/nowhere"])
