@@ -9,7 +9,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import attend_config, capability
 from .importance import LOG2E
-from .storage import COUNTS, SLOTS, Prepared, Selection, head_strides
+from .storage import COUNTS, PADDED_ROWS, SLOTS, Prepared, Selection, head_strides
 
 # The softmax is the same whatever is subtracted from a row's logits, as long as nothing overflows or vanishes. So the
 # first pass subtracts the largest logit of a few neighbouring keys and never rescales; where that was too far from
@@ -43,13 +43,20 @@ def _attend_tile(
 
 
 @triton.jit
+def _end_of_list(count, log_groups, PADDED_ROWS: tl.constexpr):
+    """Places of a level's list that has count blocks of ``2^log_groups`` rows, with what fills up its last tile."""
+    per_tile = tl.maximum(PADDED_ROWS >> log_groups, 1)
+    return (count + per_tile - 1) // per_tile * per_tile
+
+
+@triton.jit
 def _attend_to_lists(
     q, m_i, keys_ptr, values_ptr, keys_tiles, values_tiles, head_row,
     key_tokens_ptr, indices_ptr, bias_ptr, counts_ptr, qk_scale,
-    video_keys, places, last_count, first_row_2, first_row_4, first_row_8, first_row_whole,
+    video_keys, places, last_count, pitch, first_row_2, first_row_4, first_row_8, first_row_whole,
     KEY_BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, EXACT_N: tl.constexpr, EXACT_STAGES: tl.constexpr, SLOTS: tl.constexpr, ONLINE: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, EXACT_N: tl.constexpr, EXACT_STAGES: tl.constexpr, SLOTS: tl.constexpr,
+    PADDED_ROWS: tl.constexpr, ONLINE: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Weighted sum of values ``[BLOCK_M, D]`` and sum of weights ``[BLOCK_M]`` of one tile of query rows."""
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, HEAD_DIM)
@@ -65,10 +72,10 @@ def _attend_to_lists(
     if KEY_BLOCK >= EXACT_N and not ONLINE:
         # Level 1: whole key blocks.
         PER_BLOCK: tl.constexpr = KEY_BLOCK // EXACT_N
-        begin = tl.load(counts_ptr)
+        count = tl.load(counts_ptr)
         first_slot = 1
         in_tile = tl.arange(0, EXACT_N)[:, None] * HEAD_DIM + offs_d[None, :]
-        tiles = begin * PER_BLOCK
+        tiles = count * PER_BLOCK
         upcoming = tl.load(indices_ptr, mask=tiles > 0, other=0)
         for t in tl.range(0, tiles, num_stages=EXACT_STAGES):
             row = upcoming * KEY_BLOCK + t % PER_BLOCK * EXACT_N
@@ -79,6 +86,7 @@ def _attend_to_lists(
                 offset = row.to(tl.int64) * HEAD_DIM
                 k, v = tl.load(keys_ptr + offset + in_tile), tl.load(values_ptr + offset + in_tile)
             acc, l_i, m_i = _attend_tile(acc, l_i, m_i, q, k, v, no_bias, qk_scale, False, ONLINE, PRECISION)
+        begin = _end_of_list(count, LOG_BLOCK, PADDED_ROWS)
 
     if KEY_BLOCK >= 2 * BLOCK_N and not ONLINE:
         # Level 2: the groups of one block fill one tile or several, which therefore have one bias.
@@ -98,7 +106,7 @@ def _attend_to_lists(
             offset = row.to(tl.int64) * HEAD_DIM
             k, v = tl.load(keys_ptr + offset + in_half), tl.load(values_ptr + offset + in_half)
             acc, l_i, shifted = _attend_tile(acc, l_i, shifted, q, k, v, no_bias, qk_scale, False, ONLINE, PRECISION)
-        begin += count
+        begin += _end_of_list(count, LOG_BLOCK - 1, PADDED_ROWS)
 
     # The other levels, one after the other: the groups of several blocks fill one tile.
     for slot in range(first_slot, SLOTS):
@@ -106,22 +114,20 @@ def _attend_to_lists(
         log_groups = tl.where(slot == SLOTS - 1, 0, LOG_BLOCK - slot)
         first_row = tl.where(slot == 0, 0, tl.where(slot == 1, first_row_2, tl.where(slot == 2, first_row_4,
             tl.where(slot == 3, first_row_8, first_row_whole))))  # fmt: skip
-        groups = count << log_groups
         within = (1 << log_groups) - 1
-        entry = begin + (tl.minimum(offs_n, tl.maximum(groups, 1) - 1) >> log_groups)
-        next_block = tl.load(indices_ptr + entry, mask=offs_n < groups, other=0)
-        next_bias = tl.load(bias_ptr + entry, mask=offs_n < groups, other=float("-inf"))
-        for start in tl.range(0, groups, BLOCK_N):
+        entry = offs_n >> log_groups
+        next_block = tl.load(indices_ptr + begin + entry)
+        next_bias = tl.load(bias_ptr + begin + entry)
+        for start in tl.range(0, count << log_groups, BLOCK_N):
             block, bias = next_block, next_bias
-            r = start + BLOCK_N + offs_n
-            entry = begin + (tl.minimum(r, groups - 1) >> log_groups)
-            next_block = tl.load(indices_ptr + entry)
-            next_bias = tl.load(bias_ptr + entry, mask=r < groups, other=float("-inf"))
+            entry = (start + BLOCK_N + offs_n) >> log_groups
+            next_block = tl.load(indices_ptr + begin + entry)
+            next_bias = tl.load(bias_ptr + begin + entry)
             rows = first_row + (block << log_groups) + ((start + offs_n) & within)
             offsets = rows.to(tl.int64)[:, None] * HEAD_DIM + offs_d[None, :]
             k, v = tl.load(keys_ptr + offsets), tl.load(values_ptr + offsets)
             acc, l_i, m_i = _attend_tile(acc, l_i, m_i, q, k, v, bias, qk_scale, True, ONLINE, PRECISION)
-        begin += count
+        begin += _end_of_list(count, log_groups, PADDED_ROWS)
 
     # A ragged last video block at its level, then exact key blocks: what has empty places.
     log_size = tl.load(counts_ptr + SLOTS)
@@ -131,7 +137,7 @@ def _attend_to_lists(
     ragged_first += (video_keys - 1) * ragged_rows
     ragged_bias = 0.0
     if log_size > 0:
-        ragged_bias = tl.load(bias_ptr + video_keys - 1)
+        ragged_bias = tl.load(bias_ptr + pitch - 1)
     exact_first = video_keys * KEY_BLOCK
     for start in range(0, ragged_rows + places - exact_first, BLOCK_N):
         r = start + offs_n
@@ -153,11 +159,12 @@ def _attend_kernel(
     q_ptr, keys_ptr, values_ptr, keys_tiles, values_tiles, out_ptr,
     query_tokens_ptr, key_tokens_ptr, indices_ptr, bias_ptr, counts_ptr, qk_scale,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_ob, stride_oh, stride_on, stride_od,
-    heads, query_blocks, video_rows, video_keys, places, last_count, pyramid_rows,
+    heads, query_blocks, video_rows, video_keys, places, last_count, pitch, pyramid_rows,
     first_row_2, first_row_4, first_row_8, first_row_whole,
     QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXACT_N: tl.constexpr, EXACT_STAGES: tl.constexpr,
-    SLOTS: tl.constexpr, COUNTS: tl.constexpr, FAST: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    SLOTS: tl.constexpr, COUNTS: tl.constexpr, PADDED_ROWS: tl.constexpr, FAST: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Exact query blocks come last and attend to everything: they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -172,8 +179,8 @@ def _attend_kernel(
     keys_ptr += z * pyramid_rows * HEAD_DIM
     values_ptr += z * pyramid_rows * HEAD_DIM
     counts_ptr += row * COUNTS
-    indices_ptr += row * video_keys
-    bias_ptr += row * video_keys
+    indices_ptr += row * pitch
+    bias_ptr += row * pitch
 
     if FAST:
         # Keys of the rows' own tokens, which are in the same place of the order but for the padding of video blocks.
@@ -185,8 +192,9 @@ def _attend_kernel(
         acc, l_i = _attend_to_lists(
             q, m_i, keys_ptr, values_ptr, keys_tiles, values_tiles, head_row,
             key_tokens_ptr, indices_ptr, bias_ptr, counts_ptr, qk_scale,
-            video_keys, places, last_count, first_row_2, first_row_4, first_row_8, first_row_whole,
-            KEY_BLOCK, LOG_BLOCK, HEAD_DIM, BLOCK_M, BLOCK_N, EXACT_N, EXACT_STAGES, SLOTS, False, DESCRIPTORS, PRECISION,
+            video_keys, places, last_count, pitch, first_row_2, first_row_4, first_row_8, first_row_whole,
+            KEY_BLOCK, LOG_BLOCK, HEAD_DIM, BLOCK_M, BLOCK_N, EXACT_N, EXACT_STAGES, SLOTS, PADDED_ROWS,
+            False, DESCRIPTORS, PRECISION,
         )  # fmt: skip
         overflown = tl.sum(tl.sum(tl.where(acc - acc == 0.0, 0, 1), axis=1), axis=0) > 0
         again = overflown | (tl.min(l_i) < LEAST_SUM) | (tl.max(l_i) > GREATEST_SUM)
@@ -199,8 +207,9 @@ def _attend_kernel(
         acc, l_i = _attend_to_lists(
             q, m_i, keys_ptr, values_ptr, keys_tiles, values_tiles, head_row,
             key_tokens_ptr, indices_ptr, bias_ptr, counts_ptr, qk_scale,
-            video_keys, places, last_count, first_row_2, first_row_4, first_row_8, first_row_whole,
-            KEY_BLOCK, LOG_BLOCK, HEAD_DIM, BLOCK_M, BLOCK_N, EXACT_N, EXACT_STAGES, SLOTS, True, DESCRIPTORS, PRECISION,
+            video_keys, places, last_count, pitch, first_row_2, first_row_4, first_row_8, first_row_whole,
+            KEY_BLOCK, LOG_BLOCK, HEAD_DIM, BLOCK_M, BLOCK_N, EXACT_N, EXACT_STAGES, SLOTS, PADDED_ROWS,
+            True, DESCRIPTORS, PRECISION,
         )  # fmt: skip
 
     out_ptr += (z // heads) * stride_ob + (z % heads) * stride_oh
@@ -223,10 +232,11 @@ def attend(prepared: Prepared, selection: Selection, out: Tensor) -> None:
         q, prepared.keys, prepared.values, *tiles, out, rows.tokens, keys.tokens,
         selection.indices, selection.bias, selection.counts, prepared.scale * LOG2E,
         *head_strides(q), *head_strides(out), heads, rows.blocks, rows.video_blocks, keys.video_blocks,
-        keys.blocks * keys.size, keys.last_video_count, prepared.layout.rows, *first[1:],
+        keys.blocks * keys.size, keys.last_video_count, selection.indices.shape[2], prepared.layout.rows, *first[1:],
         QUERY_BLOCK=rows.size, KEY_BLOCK=keys.size, LOG_BLOCK=keys.size.bit_length() - 1, HEAD_DIM=head_dim,
         BLOCK_M=tuned.block_m, BLOCK_N=tuned.block_n, EXACT_N=tuned.exact_n, EXACT_STAGES=tuned.exact_stages,
-        SLOTS=SLOTS, COUNTS=COUNTS, FAST=tuned.fast, DESCRIPTORS=tuned.descriptors, PRECISION=tuned.precision,
+        SLOTS=SLOTS, COUNTS=COUNTS, PADDED_ROWS=PADDED_ROWS, FAST=tuned.fast,
+        DESCRIPTORS=tuned.descriptors, PRECISION=tuned.precision,
         num_warps=tuned.num_warps, num_stages=tuned.num_stages, **limits,
     )  # fmt: skip
 

@@ -44,9 +44,15 @@ def capability(device: torch.device) -> int:
 def attend_config(sm: int, dtype: torch.dtype, head_dim: int, query_block: int) -> AttendConfig:
     """Settings for a compute capability, dtype, head dim and query block."""
     if dtype == torch.float32:
-        return AttendConfig(block_m=64, block_n=64, num_warps=8, num_stages=1, exact_n=64, exact_stages=1, precision="ieee", fast=False)
-    if sm == 90:  # two programs of 128 rows share an SM and take turns on its tensor cores
-        return AttendConfig(block_m=query_block, block_n=32 if head_dim == 128 else 64, num_warps=4, num_stages=3, exact_n=32 if head_dim == 128 else 64, exact_stages=3)
+        return AttendConfig(
+            block_m=64, block_n=64, num_warps=8, num_stages=1, exact_n=64, exact_stages=1, precision="ieee", fast=False
+        )
+    if sm == 90 and head_dim == 128:  # two programs of 128 rows share an SM and take turns on its tensor cores
+        return AttendConfig(block_m=query_block, block_n=32, num_warps=4, num_stages=3, exact_n=32, exact_stages=3)
+    if sm == 90:  # four programs of 64 rows
+        return AttendConfig(
+            block_m=64, block_n=32, num_warps=4, num_stages=3, exact_n=64, exact_stages=3, max_registers=128
+        )
     if head_dim == 128 and sm != 100:  # more rows would spill registers
         return AttendConfig(block_m=64, block_n=64, num_warps=4, num_stages=2, exact_n=64, exact_stages=2)
     return AttendConfig(block_m=query_block, block_n=64, num_warps=8, num_stages=2, exact_n=64, exact_stages=2)

@@ -73,19 +73,19 @@ def _importance_kernel(
     bias_ptr += z * query_blocks * pitch
     bias_row = tl.minimum(block, query_blocks - 1).to(tl.int64) * pitch
 
-    m = tl.full([BLOCK_N, BLOCKS, SAMPLES], -1e30, tl.float32)
-    l = tl.zeros([BLOCK_N, BLOCKS, SAMPLES], tl.float32)
+    m_i = tl.full([BLOCK_N, BLOCKS, SAMPLES], -1e30, tl.float32)
+    l_i = tl.zeros([BLOCK_N, BLOCKS, SAMPLES], tl.float32)
     for start in range(0, key_blocks, BLOCK_N):
         qk = _block_logits(
             q, keys_ptr, bias_ptr, bias_row, start + offs_n, key_blocks, pitch, qk_scale,
             BLOCKS, SAMPLES, HEAD_DIM, PRECISION,
         )  # fmt: skip
-        above = qk - m
+        above = qk - m_i
         smaller = tl.exp2(-tl.abs(above))
-        l = tl.where(above > 0, l * smaller + 1.0, l + smaller)
-        m = tl.maximum(m, qk)
-    m_row = tl.max(m, axis=0)
-    log_sum = m_row + tl.log2(tl.sum(l * tl.exp2(m - m_row[None, :, :]), axis=0))
+        l_i = tl.where(above > 0, l_i * smaller + 1.0, l_i + smaller)
+        m_i = tl.maximum(m_i, qk)
+    m_row = tl.max(m_i, axis=0)
+    log_sum = m_row + tl.log2(tl.sum(l_i * tl.exp2(m_i - m_row[None, :, :]), axis=0))
 
     filled = tl.reshape(token >= 0, [BLOCKS, SAMPLES])
     log_sum = tl.where(filled, log_sum, float("inf"))

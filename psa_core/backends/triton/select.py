@@ -10,7 +10,7 @@ from torch import Tensor
 from ...config import level_code
 from ...importance import LEVEL_BIAS_CLAMP
 from ...levels import cap_by_similarity, select_by_rank
-from .storage import COUNTS, SLOTS, Prepared, Selection, empty, statistics_precision
+from .storage import COUNTS, PADDED_ROWS, SLOTS, Prepared, Selection, empty, list_pitch, statistics_precision
 
 
 @triton.jit
@@ -80,8 +80,10 @@ def _one_of_each(codes_ptr, pair, start, listed_keys, coded_keys, BLOCK: tl.cons
 
 @triton.jit
 def _list_kernel(
-    codes_ptr, bias_ptr, indices_ptr, listed_bias_ptr, counts_ptr, query_blocks, video_rows, video_keys, last_count,
+    codes_ptr, bias_ptr, indices_ptr, listed_bias_ptr, counts_ptr,
+    query_blocks, video_rows, video_keys, last_count, pitch,
     KEY_BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, COUNTS: tl.constexpr,
+    PADDED_ROWS: tl.constexpr,
 ):  # fmt: skip
     """List the key blocks of one query block, level after level. A query block of exact tokens takes all at level 1.
 
@@ -89,6 +91,8 @@ def _list_kernel(
     """
     row, z = tl.program_id(0), tl.program_id(1).to(tl.int64)
     pair = (z * query_blocks + row) * video_keys
+    indices_ptr += (z * query_blocks + row) * pitch
+    listed_bias_ptr += (z * query_blocks + row) * pitch
     counts_ptr += (z * query_blocks + row) * COUNTS
     coded_keys = tl.where(row < video_rows, video_keys, 0)
     listed_keys = tl.where(last_count < KEY_BLOCK, video_keys - 1, video_keys)
@@ -101,19 +105,25 @@ def _list_kernel(
     counts = tl.where(slots < SLOTS, counts, 0)
     tl.store(counts_ptr + slots, counts, mask=slots < SLOTS)
 
-    first = tl.cumsum(counts, axis=0) - counts
+    log_sizes = tl.where(slots == 4, LOG_BLOCK, tl.minimum(slots, LOG_BLOCK))
+    per_tile = tl.maximum(PADDED_ROWS >> (LOG_BLOCK - log_sizes), 1)
+    padded = (counts + per_tile - 1) // per_tile * per_tile
+    first = tl.cumsum(padded, axis=0) - padded
+    padding = (first + counts)[:, None] + tl.arange(0, PADDED_ROWS)[None, :]
+    is_padding = (padding < (first + padded)[:, None]) & (slots < SLOTS)[:, None]
+    tl.store(indices_ptr + padding, tl.zeros([8, PADDED_ROWS], tl.int32), mask=is_padding)
+    tl.store(listed_bias_ptr + padding, tl.full([8, PADDED_ROWS], float("-inf"), tl.float32), mask=is_padding)
     for start in range(0, listed_keys, BLOCK):
         j, slot, is_listed, ones = _one_of_each(codes_ptr, pair, start, listed_keys, coded_keys, BLOCK, LOG_BLOCK)
         bias = tl.load(bias_ptr + pair + j, mask=is_listed & (j < coded_keys), other=0.0)
         before = (((tl.cumsum(ones, axis=0) - ones) >> (12 * slot).to(tl.int64)) & 4095).to(tl.int32)
         before += tl.sum(tl.where(slot[:, None] == slots[None, :], first[None, :], 0), axis=1)
         log_size = tl.where(slot == 4, LOG_BLOCK, slot)
-        tl.store(indices_ptr + pair + before, j, mask=is_listed)
-        tl.store(listed_bias_ptr + pair + before, bias * 1.4426950408889634 + log_size, mask=is_listed)
+        tl.store(indices_ptr + before, j, mask=is_listed)
+        tl.store(listed_bias_ptr + before, bias * 1.4426950408889634 + log_size, mask=is_listed)
         first += ((tl.sum(ones, axis=0) >> shifts) & 4095).to(tl.int32)
 
     # Groups of all listed blocks, and those of a ragged last one at its level.
-    log_sizes = tl.where(slots == 4, LOG_BLOCK, tl.minimum(slots, LOG_BLOCK))
     groups = tl.sum(counts << (LOG_BLOCK - log_sizes), axis=0)
     ragged = tl.full([], -1, tl.int32)
     if listed_keys < video_keys:
@@ -123,7 +133,7 @@ def _list_kernel(
             groups += (last_count + (1 << code) - 1) >> code
         if ragged > 0:
             bias = tl.load(bias_ptr + pair + video_keys - 1)
-            tl.store(listed_bias_ptr + pair + video_keys - 1, bias * 1.4426950408889634)
+            tl.store(listed_bias_ptr + pitch - 1, bias * 1.4426950408889634)
     tl.store(counts_ptr + SLOTS, ragged)
     tl.store(counts_ptr + SLOTS + 1, groups)
 
@@ -198,12 +208,14 @@ def _run_level_kernel(prepared: Prepared, codes: Tensor, importance: Tensor | No
 
 def _list_blocks(prepared: Prepared, codes: Tensor, bias: Tensor) -> Selection:
     rows, keys = prepared.order.queries, prepared.order.keys
-    indices = empty(codes, *codes.shape, dtype=torch.int32)
-    listed_bias = empty(codes, *codes.shape, dtype=torch.float32)
+    pitch = list_pitch(keys.video_blocks)
+    indices = empty(codes, *codes.shape[:2], pitch, dtype=torch.int32)
+    listed_bias = empty(codes, *codes.shape[:2], pitch, dtype=torch.float32)
     counts = empty(codes, codes.shape[0], rows.blocks, COUNTS, dtype=torch.int32)
     _list_kernel[(rows.blocks, codes.shape[0])](
         codes, bias, indices, listed_bias, counts,
-        rows.blocks, rows.video_blocks, keys.video_blocks, keys.last_video_count,
+        rows.blocks, rows.video_blocks, keys.video_blocks, keys.last_video_count, pitch,
         KEY_BLOCK=keys.size, LOG_BLOCK=keys.size.bit_length() - 1, BLOCK=256, SLOTS=SLOTS, COUNTS=COUNTS,
+        PADDED_ROWS=PADDED_ROWS,
     )  # fmt: skip
     return Selection(indices, listed_bias, counts)

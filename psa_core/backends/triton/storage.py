@@ -12,6 +12,7 @@ from ...ordering import TokenOrder
 
 SLOTS = 5  # levels 1, 2, 4, 8 and whole block, in this order, whether in use or not
 COUNTS = 8  # integers kept per query block: see Selection.counts
+PADDED_ROWS = 64  # lists of pooled blocks end with a whole tile of so many rows, or a divisor of that
 ROWS_PER_MEAN = 512
 
 
@@ -84,10 +85,11 @@ class Selection:
 
     Args:
         indices: Video key blocks of every query block, level after level from fine to coarse, ascending within a level
-            ``[Z, query blocks, video blocks]``, int32.
+            ``[Z, query blocks, list pitch]``, int32. A level begins where the last one's tiles end: what fills these
+            up is block 0 with no weight.
         bias: Logit addend of every listed block in powers of two: log of its groups' tokens and the second-order term;
             of a ragged block at a pooled level the latter alone, at the last place
-            ``[Z, query blocks, video blocks]``, fp32.
+            ``[Z, query blocks, list pitch]``, fp32.
         counts: Blocks listed at levels 1, 2, 4, 8 and whole; level code of the ragged block, -1 if there is none or it
             is skipped; groups attended to in video blocks ``[Z, query blocks, COUNTS]``, int32.
     """
@@ -103,7 +105,9 @@ def workspace_bytes_per_head(q: Tensor, order: TokenOrder, config: PSAConfig) ->
     pyramid = 2 * PyramidRows.of(order, config).rows * head_dim * q.element_size()
     statistics = 4 * (4 * keys.blocks * (head_dim + 1) + queries.blocks * head_dim)
     sums = 4 * head_dim * -(-q.shape[2] // ROWS_PER_MEAN)
-    pairs = queries.blocks * pair_pitch(keys.blocks) * (4 + 1 + 4 + 4 + 4) + 4 * COUNTS * queries.blocks
+    pairs = queries.blocks * (
+        pair_pitch(keys.blocks) * (4 + 1 + 4) + list_pitch(keys.video_blocks) * (4 + 4) + 4 * COUNTS
+    )
     # first and last keys of all pairs of tokens, in their own precision and fp32, and the latter's products
     similarity = 12 * keys.blocks * keys.size * head_dim if config.similarity_caps else 0
     return pyramid + statistics + sums + pairs + similarity
@@ -112,6 +116,11 @@ def workspace_bytes_per_head(q: Tensor, order: TokenOrder, config: PSAConfig) ->
 def pair_pitch(key_blocks: int) -> int:
     """Elements from one query block's row of a matrix of pairs to the next: rows that begin aligned load faster."""
     return -(-key_blocks // 16) * 16
+
+
+def list_pitch(video_blocks: int) -> int:
+    """Elements from one query block's list to the next: every block, what fills up tiles, and a tile read ahead."""
+    return pair_pitch(video_blocks + 4 * PADDED_ROWS)
 
 
 def head_strides(x: Tensor) -> tuple[int, int, int, int]:
