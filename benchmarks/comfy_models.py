@@ -137,8 +137,9 @@ def import_pack() -> Any:
     return sys.modules[PACK]
 
 
-def load(model: VideoModel, device: torch.device, dtype: torch.dtype) -> Any:
+def load(model: VideoModel, dtype: torch.dtype) -> Any:
     """A ModelPatcher around the network with random weights, through ComfyUI's own detection and loading."""
+    import comfy.model_management
     import comfy.ops
     import comfy.sd
 
@@ -148,18 +149,18 @@ def load(model: VideoModel, device: torch.device, dtype: torch.dtype) -> Any:
     except ImportError:
         raise ValueError(f"this ComfyUI has no {module}") from None
     network = network_class(**model.settings, device="meta", dtype=dtype, operations=comfy.ops.disable_weight_init)
-    element = torch.zeros((), dtype=dtype, device=device)
+    device = comfy.model_management.get_torch_device()
+    element = torch.zeros((), dtype=dtype, device=device)  # every weight is a view of it until it is filled
     weights = {name: element.expand(weight.shape) for name, weight in network.state_dict().items()}
-    with torch.device(device):
-        patcher = comfy.sd.load_diffusion_model_state_dict(weights, {"offload_device": device, "dtype": dtype})
-    _fill(patcher.model.diffusion_model, device)
+    patcher = comfy.sd.load_diffusion_model_state_dict(weights, {"offload_device": device, "dtype": dtype})
+    _fill(patcher.model.diffusion_model)
     return patcher
 
 
 @torch.no_grad()
-def _fill(network: torch.nn.Module, device: torch.device) -> None:
+def _fill(network: torch.nn.Module) -> None:
     """Weights that keep activations in bounds."""
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(next(network.parameters()).device).manual_seed(0)
     for name, weight in network.named_parameters():
         if weight.dim() > 1:
             weight.normal_(std=weight[0].numel() ** -0.5, generator=generator)

@@ -68,8 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     machine["versions"] |= {"comfyui": comfyui, "comfy_kitchen": installed("comfy_kitchen")}
     name = f"sampling-{'tiny-' if args.tiny else ''}{device_slug()}.json"
     results = ResultFile.open(args.out / name, machine, KEY)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     for name in args.models:
         model = comfy_models.shrink(MODELS[name]) if args.tiny else MODELS[name]
         common = {
@@ -80,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
             "tokens": model.tokens,
         }
         try:
-            patcher = comfy_models.load(model, device, torch.bfloat16 if cuda else torch.float32)
+            patcher = comfy_models.load(model, dtype)
         except (ValueError, torch.OutOfMemoryError) as error:
             results.add(common | {"method": "", "preset": "", "failed": str(error)})
             print(f"{name}: {error}", flush=True)
