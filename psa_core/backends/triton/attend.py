@@ -5,7 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton before 3.4
+    TensorDescriptor = None
 
 from .configs import attend_config, capability
 from .importance import LOG2E
@@ -166,16 +170,23 @@ def _attend_kernel(
     SLOTS: tl.constexpr, COUNTS: tl.constexpr, PADDED_ROWS: tl.constexpr, FAST: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # Exact query blocks come last and attend to everything: they start first.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    z = tl.program_id(1).to(tl.int64)
+    # Query blocks of exact tokens attend to everything and take longest: those of all heads start first.
+    pid = tl.program_id(0)
+    video_tiles = video_rows * (QUERY_BLOCK // BLOCK_M)
+    exact_tiles = (query_blocks - video_rows) * (QUERY_BLOCK // BLOCK_M)
+    in_video = pid - exact_tiles * (tl.num_programs(0) // (video_tiles + exact_tiles))
+    if in_video < 0:
+        head, tile = pid // exact_tiles, video_tiles + pid % exact_tiles
+    else:
+        head, tile = in_video // video_tiles, in_video % video_tiles
+    z = head.to(tl.int64)
     row = z * query_blocks + tile // (QUERY_BLOCK // BLOCK_M)
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, HEAD_DIM)
     places_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     token = tl.load(query_tokens_ptr + places_m).to(tl.int64)
     q_ptr += (z // heads) * stride_qb + (z % heads) * stride_qh
     q = tl.load(q_ptr + token[:, None] * stride_qn + offs_d[None, :] * stride_qd, mask=(token >= 0)[:, None], other=0.0)
-    head_row = tl.program_id(1) * pyramid_rows
+    head_row = head * pyramid_rows
     keys_ptr += z * pyramid_rows * HEAD_DIM
     values_ptr += z * pyramid_rows * HEAD_DIM
     counts_ptr += row * COUNTS
@@ -224,11 +235,10 @@ def attend(prepared: Prepared, selection: Selection, out: Tensor) -> None:
     batch, heads, _, head_dim = q.shape
     tuned = attend_config(capability(q.device), q.dtype, head_dim, rows.size)
     first = prepared.layout.first
-    tiles = None, None
-    if tuned.descriptors:
-        tiles = _describe(prepared.keys, tuned.exact_n), _describe(prepared.values, tuned.exact_n)
+    descriptors = tuned.descriptors and TensorDescriptor is not None
+    tiles = [_describe(pyramid, tuned.exact_n) if descriptors else None for pyramid in (prepared.keys, prepared.values)]
     limits = {"maxnreg": tuned.max_registers} if tuned.max_registers else {}
-    _attend_kernel[(rows.blocks * (rows.size // tuned.block_m), batch * heads)](
+    _attend_kernel[(rows.blocks * (rows.size // tuned.block_m) * batch * heads,)](
         q, prepared.keys, prepared.values, *tiles, out, rows.tokens, keys.tokens,
         selection.indices, selection.bias, selection.counts, prepared.scale * LOG2E,
         *head_strides(q), *head_strides(out), heads, rows.blocks, rows.video_blocks, keys.video_blocks,
@@ -236,12 +246,12 @@ def attend(prepared: Prepared, selection: Selection, out: Tensor) -> None:
         QUERY_BLOCK=rows.size, KEY_BLOCK=keys.size, LOG_BLOCK=keys.size.bit_length() - 1, HEAD_DIM=head_dim,
         BLOCK_M=tuned.block_m, BLOCK_N=tuned.block_n, EXACT_N=tuned.exact_n, EXACT_STAGES=tuned.exact_stages,
         SLOTS=SLOTS, COUNTS=COUNTS, PADDED_ROWS=PADDED_ROWS, FAST=tuned.fast,
-        DESCRIPTORS=tuned.descriptors, PRECISION=tuned.precision,
+        DESCRIPTORS=descriptors, PRECISION=tuned.precision,
         num_warps=tuned.num_warps, num_stages=tuned.num_stages, **limits,
     )  # fmt: skip
 
 
-def _describe(pyramid: Tensor, rows: int) -> TensorDescriptor:
+def _describe(pyramid: Tensor, rows: int) -> object:
     """Descriptor of tiles ``[rows, D]`` of the pyramids of all heads, for the GPU's copy engine."""
     flat = pyramid.flatten(0, 1)
     return TensorDescriptor(flat, flat.shape, flat.stride(), [rows, flat.shape[1]])

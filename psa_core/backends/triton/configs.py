@@ -16,6 +16,10 @@ class AttendConfig:
         block_n: Key rows of a tile.
         num_warps: Warps of a program.
         num_stages: Depth of software pipelining.
+        exact_n: Key rows of a tile of level 1, a divisor of the key block.
+        exact_stages: Depth of software pipelining at level 1.
+        descriptors: Fetch level 1 with the GPU's copy engine, where the installed Triton can.
+        max_registers: Registers of a thread at most, so that more programs fit on an SM.
         precision: Input precision of fp32 matrix products.
         fast: Try a pass without rescaling first; fp32 kernels, whose products are unrolled, would take too long to
             compile with it.
@@ -48,7 +52,9 @@ def attend_config(sm: int, dtype: torch.dtype, head_dim: int, query_block: int) 
             block_m=64, block_n=64, num_warps=8, num_stages=1, exact_n=64, exact_stages=1, precision="ieee", fast=False
         )
     if sm == 90 and head_dim == 128:  # two programs of 128 rows share an SM and take turns on its tensor cores
-        return AttendConfig(block_m=query_block, block_n=32, num_warps=4, num_stages=3, exact_n=32, exact_stages=3)
+        return AttendConfig(
+            block_m=query_block, block_n=32, num_warps=4, num_stages=3, exact_n=64, exact_stages=2, descriptors=True
+        )
     if sm == 90:  # four programs of 64 rows
         return AttendConfig(
             block_m=64, block_n=32, num_warps=4, num_stages=3, exact_n=64, exact_stages=3, max_registers=128
