@@ -4,8 +4,8 @@
     python benchmarks/fidelity.py --grid 21 30 52      another video than the model's own 13 x 16 x 24 tokens
 
 At every noise level each choice is set to the same density, so that errors can be compared. Writes
-``fidelity-<tokens>.json``: ``{device, versions, commit, grid, records: [{noise, choice, error_weight, density, rel_l2,
-worst_head}]}``.
+``fidelity-<tokens>-<device>.json``:
+``{device, versions, commit, grid, records: [{noise, choice, error_weight, density, rel_l2, worst_head}]}``.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def main() -> None:
             print(f"noise {noise}  {name:<30} density {density:.3f}  error {record['rel_l2']:.4f}", flush=True)
     machine = describe_machine(args.commit) | {"grid": grid, "heads": q.shape[1], "records": records}
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"fidelity-{layout.tokens}.json").write_text(json.dumps(machine, indent=1) + "\n")
+    name = f"fidelity-{layout.tokens}-{machine['device'].lower().replace(' ', '-')}.json"
+    (args.out / name).write_text(json.dumps(machine, indent=1) + "\n")
 
 
 def list_choices(layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, density: float) -> dict[str, PSAConfig]:

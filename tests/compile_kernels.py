@@ -34,7 +34,7 @@ from psa_core.backends.triton import configs
 POINTER_TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.uint8: "*u8",
 }  # fmt: skip
-LAUNCH_OPTIONS = ("num_warps", "num_stages")
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 def record_launches(
@@ -74,11 +74,8 @@ def compile_launch(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str,
         if kernel.params[position].is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
-        if isinstance(value, torch.Tensor):
-            signature[name] = POINTER_TYPES[value.dtype]
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-        if not isinstance(value, float) and (isinstance(value, torch.Tensor) or value % 16 == 0):
+        signature[name] = _type_name(value)
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(position,)] = [["tt.divisibility", 16]]
     if AttrsDescriptor is not None:
         signature = {name: kind for name, kind in signature.items() if kind != "constexpr"}
@@ -86,6 +83,15 @@ def compile_launch(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str,
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     return {"kernel": kernel.__name__, "sm": sm, "shared": compiled.metadata.shared} | _resources(compiled.asm["cubin"])
+
+
+def _type_name(value: Any) -> str:
+    """How Triton's signatures call an argument's type."""
+    if isinstance(value, torch.Tensor):
+        return POINTER_TYPES[value.dtype]
+    if isinstance(value, int | float):
+        return "fp32" if isinstance(value, float) else "i32"
+    return f"tensordesc<{POINTER_TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
