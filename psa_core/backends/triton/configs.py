@@ -21,8 +21,8 @@ class AttendConfig:
         descriptors: Fetch level 1 with the GPU's copy engine, where the installed Triton can.
         max_registers: Registers of a thread at most, so that more programs fit on an SM.
         precision: Input precision of fp32 matrix products.
-        fast: Try a pass without rescaling first; fp32 kernels, whose products are unrolled, would take too long to
-            compile with it.
+        fast: Try a pass without rescaling first. Not where compiling it fails or takes too long: fp32 products are
+            unrolled.
     """
 
     block_m: int
@@ -59,6 +59,10 @@ def attend_config(sm: int, dtype: torch.dtype, head_dim: int, query_block: int) 
         return AttendConfig(
             block_m=64, block_n=32, num_warps=4, num_stages=3, exact_n=64, exact_stages=3, max_registers=128
         )
-    if head_dim == 128 and sm != 100:  # more rows would spill registers
+    if sm == 100:
+        return AttendConfig(
+            block_m=64, block_n=64, num_warps=8, num_stages=2, exact_n=64, exact_stages=2, fast=False
+        )  # Triton 3.6 fails to compile the fast pass's check for overflow there
+    if head_dim == 128:  # more rows would spill registers
         return AttendConfig(block_m=64, block_n=64, num_warps=4, num_stages=2, exact_n=64, exact_stages=2)
     return AttendConfig(block_m=query_block, block_n=64, num_warps=8, num_stages=2, exact_n=64, exact_stages=2)

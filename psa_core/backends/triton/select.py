@@ -191,7 +191,7 @@ def _run_level_kernel(prepared: Prepared, codes: Tensor, importance: Tensor | No
     bias = empty(codes, *codes.shape, dtype=torch.float32)
     if rows.video_blocks == 0:
         return bias
-    block_m, block_n = 64, 32
+    block_m, block_n = 64, 16
     grid = (triton.cdiv(rows.video_blocks, block_m), triton.cdiv(keys.video_blocks, block_n), codes.shape[0])
     _level_kernel[grid](
         importance, prepared.query_squares, prepared.key_variance, prepared.value_variance, prepared.value_power,
