@@ -1,5 +1,6 @@
 # demo      render the demo video dense and with PSA, and compare them: demo/out/compare.webp
 # test      everything that needs no GPU, with a real ComfyUI
+# fuzz      the random cases of the tests, FUZZ times as many (20), other ones each time
 # test-gpu  the kernel tests, on a CUDA device
 # lint, format
 # pictures, screenshots   remake what README.md shows
@@ -11,7 +12,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV_PYTHON := .venv/bin/python
 GPU_PYTHON ?= $(or $(wildcard $(VENV_PYTHON)),$(PYTHON))
 
-.PHONY: demo test test-gpu lint format pictures screenshots plots install-tests
+.PHONY: demo test fuzz test-gpu lint format pictures screenshots plots install-tests
 
 demo:
 	$(PYTHON) demo/install.py
@@ -23,6 +24,10 @@ install-tests:
 
 test: install-tests
 	COMFYUI_PATH="$${COMFYUI_PATH:-$(CURDIR)/.comfyui}" $(VENV_PYTHON) -m pytest -m "not gpu" $(TEST_ARGUMENTS)
+
+fuzz: install-tests
+	FUZZ=$${FUZZ:-20} COMFYUI_PATH="$${COMFYUI_PATH:-$(CURDIR)/.comfyui}" $(VENV_PYTHON) -m pytest \
+		tests/test_properties.py tests/test_orders.py $(TEST_ARGUMENTS)
 
 test-gpu:
 	$(GPU_PYTHON) -m pytest -m gpu $(TEST_ARGUMENTS)

@@ -102,7 +102,7 @@ def cap_by_similarity(codes: Tensor, k: Tensor, places: Tensor, config: PSAConfi
 
 def _group_similarity(k: Tensor, places: Tensor, group_size: int) -> Tensor:
     """Mean over a block's groups of the cosine of their first and last key ``[B, H, video blocks]``."""
-    groups = places.long().view(len(places), -1, group_size)  # [blocks, groups, group_size]
+    groups = places.long().view(len(places), places.shape[1] // group_size, group_size)  # [blocks, groups, group_size]
     counts = (groups >= 0).sum(-1)
     last = groups.gather(-1, (counts - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
     precision = torch.promote_types(k.dtype, torch.float32)

@@ -18,9 +18,19 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores among them
 
+FUZZ = int(os.environ.get("FUZZ", "0"))  # `make fuzz`: so many times the cases, and other ones each time
+
 # Time says nothing about a pure function on a busy machine.
-settings.register_profile("pack", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "pack", deadline=None, derandomize=not FUZZ, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("pack")
+
+
+def cases(usual: int) -> int:
+    """Random cases of a property: the usual number, or that times ``FUZZ``."""
+    return usual * max(FUZZ, 1)
+
 
 ROOT = Path(__file__).resolve().parent.parent
 PACK = "psa_pack"

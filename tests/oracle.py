@@ -8,6 +8,7 @@ import math
 import torch
 from psa_pack.psa_core import PSAConfig, TokenLayout, TokenOrder, plan_order
 from psa_pack.psa_core.backends import reference
+from psa_pack.psa_core.ordering import BlockTable
 from torch import Tensor
 
 MIXED = PSAConfig(error_weight=0.3)
@@ -66,20 +67,20 @@ def attend_row_by_row(
             for i, rows in enumerate(tokens_q):
                 rows = [token for token in rows if token >= 0]
                 squares = q[b, h, rows].square().mean(0)
+                means, logs, values = [], [], []
+                for j, places in enumerate(tokens_k):
+                    code = int(codes[b, h, i, j])
+                    if code == 255:
+                        continue
+                    groups = _groups(places, 1 << code)
+                    pooled = code > 0 and config.variance_term
+                    bias = _second_order_term(keys, groups, squares, scale) if pooled else 0.0
+                    for group in groups:
+                        means.append(keys[group].mean(0))
+                        logs.append(math.log(len(group)) + bias)
+                        values.append(v[b, h, group].mean(0))
                 for row in rows:
-                    logits, values = [], []
-                    for j, places in enumerate(tokens_k):
-                        code = int(codes[b, h, i, j])
-                        if code == 255:
-                            continue
-                        groups = _groups(places, 1 << code)
-                        bias = _second_order_term(keys, groups, squares, scale)
-                        if code == 0 or not config.variance_term:
-                            bias = 0.0
-                        for group in groups:
-                            mean = keys[group].mean(0)
-                            logits.append(scale * float(q[b, h, row] @ mean) + math.log(len(group)) + bias)
-                            values.append(v[b, h, group].mean(0))
+                    logits = [scale * float(q[b, h, row] @ mean) + log for mean, log in zip(means, logs, strict=True)]
                     weights = torch.softmax(torch.tensor(logits, dtype=torch.float64), dim=0)
                     out[b, h, row] = weights @ torch.stack(values)
     return out
@@ -92,9 +93,77 @@ def _groups(places: list[int], size: int) -> list[list[int]]:
 
 
 def _second_order_term(keys: Tensor, groups: list[list[int]], squares: Tensor, scale: float) -> float:
+    return min(_logit_variance(keys, groups, squares, scale) / 2, 1.0)
+
+
+def _logit_variance(keys: Tensor, groups: list[list[int]], squares: Tensor, scale: float) -> float:
     tokens = sum(map(len, groups))
     variance = sum((keys[group] - keys[group].mean(0)).square().sum(0) for group in groups) / tokens
-    return min(float(scale * scale * (squares @ variance)) / 2, 1.0)
+    return float(scale * scale * (squares @ variance))
+
+
+def importance_row_by_row(q: Tensor, k: Tensor, order: TokenOrder, config: PSAConfig, scale: float) -> Tensor:
+    """The definition of one head's importance ``[query blocks, key blocks]``, a query row at a time."""
+    keys = k[0, 0] - k[0, 0].mean(0)
+    blocks = [group for places in _places(order.keys) for group in _groups(places, order.keys.size)]
+    importance = torch.zeros(order.queries.blocks, len(blocks), dtype=torch.float64)
+    for i, rows in enumerate(_places(order.queries)):
+        rows = [token for token in rows if token >= 0]
+        squares = q[0, 0, rows].square().mean(0)
+        seen = rows[:: config.importance_stride]
+        for row in seen:
+            logits = [
+                scale * float(q[0, 0, row] @ keys[block].mean(0))
+                + math.log(len(block))
+                + min(_logit_variance(keys, [block], squares, scale) / 2, 3.0)
+                for block in blocks
+            ]
+            importance[i] += torch.softmax(torch.tensor(logits, dtype=torch.float64), dim=0) / len(seen)
+    return importance
+
+
+def choose_pair_by_pair(
+    q: Tensor, k: Tensor, v: Tensor, order: TokenOrder, config: PSAConfig, importance: Tensor, scale: float
+) -> list[list[set[int]]]:
+    """The definition of one head's levels ``[query blocks][key blocks]``, as codes; several where rounding decides."""
+    keys, values = k[0, 0] - k[0, 0].mean(0), v[0, 0]
+    video_rows, video_keys = order.queries.video_blocks, order.keys.video_blocks
+    chosen = [[{0} for _ in range(order.keys.blocks)] for _ in range(order.queries.blocks)]
+    for i, rows in enumerate(_places(order.queries)[:video_rows]):
+        squares = q[0, 0, [token for token in rows if token >= 0]].square().mean(0)
+        if config.selection != "error":
+            for j, codes in enumerate(_rank(importance[i, :video_keys].tolist(), config)):
+                chosen[i][j] = codes
+            continue
+        for j, places in enumerate(_places(order.keys)[:video_keys]):
+            tokens, scores = sum(token >= 0 for token in places), {}
+            for size in config.group_sizes:
+                groups = _groups(places, size)
+                spread = sum(float((values[group] - values[group].mean(0)).square().sum()) for group in groups) / tokens
+                error = float(importance[i, j]) ** 2 * _logit_variance(keys, groups, squares, scale) * spread
+                error /= float(values.square().sum(1).mean())
+                cost = -(-tokens // size) / tokens
+                scores[size.bit_length() - 1] = (0 if size == 1 else error) + config.error_weight / video_keys * cost
+            least = min(scores.values())
+            chosen[i][j] = {code for code, score in scores.items() if score <= least * (1 + 1e-9)}
+    return chosen
+
+
+def _rank(masses: list[float], config: PSAConfig) -> list[set[int]]:
+    codes: list[set[int]] = [set() for _ in masses]
+    before = 0.0
+    for rank, block in enumerate(sorted(range(len(masses)), key=lambda j: -masses[j])):
+        place = rank / len(masses) if config.selection == "topk" else before / sum(masses)
+        for code, (low, high) in zip(config.level_codes, config.ranges, strict=True):
+            last = high == 1  # the mass before a block may round to 1
+            if low - 1e-12 <= place < high + 1e-12 or (last and place >= 1):
+                codes[block].add(code)
+        before += masses[block]
+    return codes
+
+
+def _places(table: BlockTable) -> list[list[int]]:
+    return table.tokens.view(-1, table.size).tolist()
 
 
 def reference_codes(q: Tensor, k: Tensor, v: Tensor, order: TokenOrder, config: PSAConfig, scale: float) -> Tensor:

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from psa_pack.psa_core import PSAConfig, TokenLayout, plan_order
 from psa_pack.psa_core.curves import gilbert_curve, raster_curve, tile_curve
 
+from conftest import cases
+
 grids = st.tuples(st.integers(1, 9), st.integers(1, 14), st.integers(1, 14))
 
 
 @given(grid=grids, tile=st.tuples(*[st.integers(1, 6)] * 3))
-@settings(deadline=None, derandomize=True)
+@settings(max_examples=cases(200))
 def test_every_curve_visits_every_token_once(grid: tuple[int, int, int], tile: tuple[int, int, int]) -> None:
     everything = np.arange(np.prod(grid))
     for curve in (gilbert_curve(grid), tile_curve(grid, tile), raster_curve(grid)):
@@ -23,7 +25,7 @@ def test_every_curve_visits_every_token_once(grid: tuple[int, int, int], tile: t
 
 
 @given(grid=grids)
-@settings(deadline=None, derandomize=True)
+@settings(max_examples=cases(200))
 def test_gilbert_curve_never_jumps_further_than_two(grid: tuple[int, int, int]) -> None:
     places = np.stack(np.unravel_index(gilbert_curve(grid), grid), axis=1)
     jumps = np.abs(np.diff(places, axis=0)).sum(1)
@@ -67,7 +69,7 @@ def test_planning_the_largest_usual_video_is_quick() -> None:
     key_block=st.sampled_from([32, 64, 128]),
     order=st.sampled_from(["gilbert", "tile", "raster"]),
 )
-@settings(deadline=None, derandomize=True)
+@settings(max_examples=cases(200))
 def test_blocks_hold_every_token_once_and_never_both_kinds(
     grid: tuple[int, int, int], before: int, after: int, span: tuple[int, int], key_block: int, order: str
 ) -> None:

@@ -173,6 +173,22 @@ def test_no_block_is_pooled_further_than_its_keys_resemble_each_other(layout: To
         assert capped[b, h, :, j].tolist() == expected
 
 
+def test_caps_need_no_video_block() -> None:
+    """A sequence all of whose tokens stay exact has no block to cap."""
+    layout = TokenLayout((1, 2, 3), exact_spans=((0, 6),))
+    q, k, v = random_inputs(layout, 64)
+    out = psa_attention(q, k, v, layout=layout, config=CAPPED, backend="reference")
+    assert relative_error(out, dense_attention(q, k, v)) < 1e-12
+
+
+def test_finite_where_only_the_unscaled_logits_overflow() -> None:
+    layout = TokenLayout((1, 4, 5))
+    q, k, v = (torch.ones(1, 1, 20, 64) for _ in range(3))
+    k[:, :, 3] = 1e37
+    out = psa_attention(q, k, v, layout=layout, config=PSAConfig(error_weight=0.0), backend="reference")
+    assert torch.isfinite(out).all()
+
+
 def test_every_limit_is_its_own() -> None:
     """A coarse level may be allowed where a finer one is not, as in the official code; skip is no pooling."""
     config = dataclasses.replace(CAPPED, key_block=32, similarity_caps=((2, 0.9), (4, 0.9), (8, 0.9)))

@@ -118,13 +118,13 @@ def attend(prepared: Prepared, codes: Tensor, out: Tensor) -> None:
     dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
     levels = [(level, *_rows_of(level, prepared, dtype)) for level in prepared.pyramid]
     table = prepared.order.queries
-    queries = prepared.queries.to(dtype)
+    queries = (prepared.scale * prepared.queries).to(dtype)  # the scale first: without it, fp32 overflows sooner
     for b in range(out.shape[0]):
         for h in range(out.shape[1]):
             for i in range(table.blocks):
                 keys, values, bias = _selected_rows(levels, codes[b, h, i], (b, h, i))
                 rows = slice(0, int(table.counts[i]))
-                logits = prepared.scale * (queries[b, h, i, rows] @ keys.T) + bias
+                logits = queries[b, h, i, rows] @ keys.T + bias
                 tokens = table.tokens[i * table.size : (i + 1) * table.size][rows].long()
                 out[b, h, tokens] = (torch.softmax(logits, dim=-1) @ values).to(out.dtype)
 
