@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,30 @@ def test_bundled_presets_load_and_say_where_they_come_from(path: Path) -> None:
         assert ("the official attention_config.yaml" if official else "small model until measured") in preset.source
     weights = [presets[name].config.error_weight for name in ("quality", "balanced", "fast")]
     assert weights == sorted(set(weights))  # type: ignore[type-var]
+
+
+CASES = {
+    "wan2.1_1.3b": "wan2.1_1.3b_480p_81f", "wan2.1_14b": "wan2.1_14b_720p_81f", "wan2.2_a14b": "wan2.1_14b_720p_81f",
+    "wan2.2_5b": "wan2.2_5b_704p_121f", "cogvideox_5b": "cogvideox_5b_480p_49f",
+    "cogvideox1.5_5b": "cogvideox1.5_5b_768p_81f",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["balanced", "quality", "fast"])
+@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
+def test_figures_of_a_preset_are_those_of_the_results(path: Path, name: str) -> None:
+    results = json.loads((ROOT / "benchmarks/results/attention-nvidia-h200.json").read_text())
+    records = {(r["case"], r["input"], r["method"], r["preset"]): r for r in results["records"]}
+
+    def listed(key: str, digits: int) -> str:
+        learned = [records["wan2.1_1.3b_480p_81f", f"learned {noise}", "psa", name] for noise in (0.9, 0.6, 0.3)]
+        return " / ".join(f"{record[key]:.{digits}f}".lstrip("0") for record in learned)
+
+    source = load_presets(path)[name].source
+    synthetic = records[CASES[path.stem], "structured", "psa", name]
+    dense = records[CASES[path.stem], "structured", "cudnn", ""]
+    assert f"density {listed('density', 2)}, error {listed('rel_l2', 3)}," in source
+    assert f"{synthetic['ms']:.1f} ms a call instead of {dense['ms']:.1f}." in source
 
 
 SKIP_FROM_80 = ((0.7, 0.8), (0.8, 1))
