@@ -37,8 +37,11 @@ POINTER_TYPES = {
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
+LAYOUT = TokenLayout((4, 16, 24), video_start=16)
+
+
 def record_launches(
-    head_dim: int, dtype: torch.dtype, config: PSAConfig, sm: int
+    head_dim: int, dtype: torch.dtype, config: PSAConfig, sm: int, layout: TokenLayout = LAYOUT, heads: int = 2
 ) -> list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]]:
     """Kernel, arguments and keywords of every launch of one call, none of which runs."""
     launches: list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]] = []
@@ -50,9 +53,8 @@ def record_launches(
     JITFunction.run = note
     backend.attend.__globals__["capability"] = lambda device: sm
     try:
-        layout = TokenLayout((4, 16, 24), video_start=16)
         order = plan_order(layout, config, "cpu")
-        q = torch.zeros(1, layout.tokens, 2, head_dim, dtype=dtype).transpose(1, 2)
+        q = torch.zeros(1, layout.tokens, heads, head_dim, dtype=dtype).transpose(1, 2)
         prepared = backend.prepare(q, q, q, order, config, head_dim**-0.5)
         selection = backend.select(prepared, backend.importance(prepared))
         backend.attend(prepared, selection, torch.empty_like(q))
@@ -62,21 +64,31 @@ def record_launches(
     return launches
 
 
-def compile_launch(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any], sm: int) -> dict[str, Any]:
-    """Registers, spilled bytes and shared memory of one launch compiled for ``sm``."""
-    options = {name: kwargs[name] for name in LAUNCH_OPTIONS if name in kwargs}
-    values = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k not in options}
+Specialization = tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]
+
+
+def specialize(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Specialization:
+    """What a launch is compiled for: argument types, constants, and arguments known to be divisible by 16."""
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
-    attributes: Any = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
     for position, name in enumerate(kernel.arg_names):
-        value = values[name]
-        if kernel.params[position].is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        value, parameter = values[name], kernel.params[position]
+        is_special = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (is_special and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
         signature[name] = _type_name(value)
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (is_special and value % 16 == 0):
             attributes[(position,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def compile_launch(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any], sm: int) -> dict[str, Any]:
+    """Registers, spilled bytes and shared memory of one launch compiled for ``sm``."""
+    options = {name: kwargs[name] for name in LAUNCH_OPTIONS if name in kwargs}
+    signature, constants, attributes = specialize(kernel, args, kwargs)
     if AttrsDescriptor is not None:
         signature = {name: kind for name, kind in signature.items() if kind != "constexpr"}
         attributes = AttrsDescriptor()

@@ -40,3 +40,29 @@ def test_kernels_fit(sm: int, tmp_path: Path) -> None:
         and result["stack"] > FASTER_WITH_SPILLS.get((sm, result["case"], result["kernel"]), SPILLED_BYTES)
     ]
     assert not spilling
+
+
+SIZES_PROGRAM = """
+import sys
+sys.path.insert(0, {folder!r})
+import torch
+from compile_kernels import record_launches, specialize
+from psa_core import PSAConfig, TokenLayout
+from psa_core.self_check import GRID, TEXT_TOKENS
+
+def compiled_for(layout, heads):
+    launches = record_launches(128, torch.bfloat16, PSAConfig(error_weight=0.001), 90, layout, heads)
+    return [(kernel.__name__, specialize(kernel, args, kwargs)) for kernel, args, kwargs in launches]
+
+known = compiled_for(TokenLayout(GRID, video_start=TEXT_TOKENS), 2)
+for grid, text, heads in (((21, 30, 52), 0, 12), ((3, 7, 11), 0, 5), ((13, 30, 45), 226, 48), ((1, 40, 40), 0, 1)):
+    for (name, before), (_, now) in zip(known, compiled_for(TokenLayout(grid, video_start=text), heads), strict=True):
+        assert before == now, (name, grid, before, now)
+"""
+
+
+def test_what_the_self_check_compiled_serves_every_size() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    program = SIZES_PROGRAM.format(folder=str(Path(__file__).parent))
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-2000:]

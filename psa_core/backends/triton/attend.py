@@ -13,7 +13,7 @@ except ImportError:  # Triton before 3.4
 
 from .configs import attend_config, capability
 from .importance import LOG2E
-from .storage import COUNTS, PADDED_ROWS, SLOTS, Prepared, Selection, head_strides
+from .storage import COUNTS, PADDED_ROWS, SIZES, SLOTS, Prepared, Selection, head_strides
 
 # The softmax is the same whatever is subtracted from a row's logits, as long as nothing overflows or vanishes. So the
 # first pass subtracts the largest logit of a few neighbouring keys and never rescales; where that was too far from
@@ -158,7 +158,7 @@ def _attend_to_lists(
     return acc, l_i
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _attend_kernel(
     q_ptr, keys_ptr, values_ptr, keys_tiles, values_tiles, out_ptr,
     query_tokens_ptr, key_tokens_ptr, indices_ptr, bias_ptr, counts_ptr, qk_scale,

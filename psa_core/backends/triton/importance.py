@@ -8,12 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ...importance import BLOCK_BIAS_CLAMP
-from .storage import Prepared, empty, head_strides, pair_pitch, statistics_precision
+from .storage import SIZES, Prepared, empty, head_strides, pair_pitch, statistics_precision
 
 LOG2E = 1.4426950408889634
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _whole_bias_kernel(
     squares_ptr, variance_ptr, counts_ptr, bias_ptr, half_scale_squared, clamp, query_blocks, key_blocks, pitch,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
@@ -51,7 +51,7 @@ def _block_logits(
     return tl.reshape(qk, [qk.shape[0], BLOCKS, SAMPLES]) * qk_scale + bias[:, :, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _importance_kernel(
     q_ptr, keys_ptr, tokens_ptr, bias_ptr, importance_ptr, qk_scale,
     stride_b, stride_h, stride_n, stride_d, heads, query_blocks, key_blocks, pitch, pyramid_rows, first_row_whole,

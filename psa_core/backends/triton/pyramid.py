@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ...config import PSAConfig
 from ...ordering import BlockTable, TokenOrder
-from .storage import ROWS_PER_MEAN, Prepared, PyramidRows, empty, head_strides
+from .storage import ROWS_PER_MEAN, SIZES, Prepared, PyramidRows, empty, head_strides
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _sum_rows_kernel(
     x_ptr, partial_ptr, stride_b, stride_h, stride_n, stride_d, heads, tokens,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -79,7 +79,7 @@ def _store_variance(variance_ptr, at, spread, tokens, HEAD_DIM: tl.constexpr, IS
         tl.store(variance_ptr + at, tl.sum(variance, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _pyramid_kernel(
     x_ptr, mean_ptr, tokens_ptr, rows_ptr, variance_ptr, power_ptr,
     stride_b, stride_h, stride_n, stride_d, heads, blocks, video_blocks,
@@ -142,7 +142,7 @@ def _pyramid_kernel(
     tl.store(rows_ptr + (first_row_whole + block) * HEAD_DIM + offs_d, whole.to(rows_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _query_squares_kernel(
     q_ptr, tokens_ptr, squares_ptr, stride_b, stride_h, stride_n, stride_d, heads,
     QUERY_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,

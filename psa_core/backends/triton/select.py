@@ -10,10 +10,10 @@ from torch import Tensor
 from ...config import level_code
 from ...importance import LEVEL_BIAS_CLAMP
 from ...levels import cap_by_similarity, select_by_rank
-from .storage import COUNTS, PADDED_ROWS, SLOTS, Prepared, Selection, empty, list_pitch, statistics_precision
+from .storage import COUNTS, PADDED_ROWS, SIZES, SLOTS, Prepared, Selection, empty, list_pitch, statistics_precision
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _level_kernel(
     importance_ptr, squares_ptr, key_variance_ptr, value_variance_ptr, power_ptr, codes_ptr, bias_ptr,
     scale_squared, weight, bias_clamp, query_blocks, video_rows, key_blocks, video_keys, last_count, importance_pitch,
@@ -78,7 +78,7 @@ def _one_of_each(codes_ptr, pair, start, listed_keys, coded_keys, BLOCK: tl.cons
     return j, slot, is_listed, is_listed.to(tl.int64) << (12 * slot).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _list_kernel(
     codes_ptr, bias_ptr, indices_ptr, listed_bias_ptr, counts_ptr,
     query_blocks, video_rows, video_keys, last_count, pitch,

@@ -14,6 +14,12 @@ SLOTS = 5  # levels 1, 2, 4, 8 and whole block, in this order, whether in use or
 COUNTS = 8  # integers kept per query block: see Selection.counts
 PADDED_ROWS = 64  # lists of pooled blocks end with a whole tile of so many rows, or a divisor of that
 ROWS_PER_MEAN = 512
+# Kernel arguments that follow from the video's size and the heads. Triton would compile a kernel anew when one of them
+# turns into a multiple of 16 or 1, which nothing gains from: so the self-check compiles for all sizes to come.
+SIZES = (
+    "heads", "tokens", "query_blocks", "key_blocks", "video_rows", "video_keys", "blocks", "video_blocks",
+    "last_count", "pyramid_rows", "first_row_whole",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
