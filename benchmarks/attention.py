@@ -7,7 +7,8 @@ Inputs are synthetic (``structured``) or captured from the demo's model at three
 only). Peers are measured where they are installed: SageAttention, comfy-kitchen's int8_attention and sol_attn; the PSA
 authors' code with ``--official PATH``, a checkout of it. FlexAttention gets the very key blocks that PSA attends when
 its levels are exact and skip, in the same order of tokens: the same work, kernel against kernel. Its block mask is
-given, putting tokens in order and back is in its time; for PSA, finding the blocks is in it too.
+given, putting tokens in order and back is in its time; for PSA, finding the blocks is in it too. ``matched`` is PSA
+with the error_weight that brings its error just under Sol-Attn's (tau 1): the two compared at equal fidelity.
 
 Writes ``attention-<device>.json``: ``{device, versions, commit, records}``, a record per case, input, method and
 preset. Times are medians of CUDA events; ``effective_tflops`` are the FLOPs that the levels need over the time of the
@@ -43,6 +44,7 @@ from benchmarks.peers import (  # noqa: E402
     exact_blocks_config,
     exact_blocks_name,
     official,
+    sol_attn,
 )
 from benchmarks.results_file import (  # noqa: E402
     RESULTS,
@@ -60,7 +62,8 @@ from psa_core.synthetic import structured  # noqa: E402
 
 TARGET_DENSITY = 0.15
 SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-METHODS = (*SDPA, "psa", *PEERS)
+METHODS = (*SDPA, "psa", *PEERS, "matched")
+MATCHED_TAU = "tau 1"
 KEY = ("case", "input", "method", "preset")
 NOISES = (0.9, 0.6, 0.3)
 INPUTS = ("structured", *(f"learned {noise}" for noise in NOISES))
@@ -126,7 +129,9 @@ def measure(
 ) -> Iterator[Record]:
     """Records of one method on one input."""
     if method == "psa":
-        yield from measure_psa(case, q, k, v, exact, args.repeats)
+        yield from measure_configs(configs_of_case(case, q, k, v), case, q, k, v, exact, args.repeats)
+    elif method == "matched":
+        yield from measure_matched(case, q, k, v, exact, args.repeats)
     elif method in SDPA:
         yield measure_dense(method, case, q, k, v, exact, args.repeats)
     else:
@@ -224,8 +229,8 @@ def reason(error: Exception) -> str:
     return first if isinstance(error, Unavailable) else f"{type(error).__name__}: {first}"
 
 
-def measure_psa(case: Case, q: Tensor, k: Tensor, v: Tensor, exact: Tensor, repeats: int) -> Iterator[Record]:
-    """A record per preset of the case's family, one at the common density, and those of FlexAttention's blocks."""
+def configs_of_case(case: Case, q: Tensor, k: Tensor, v: Tensor) -> dict[str, PSAConfig]:
+    """Every preset of the case's family, the common density, and FlexAttention's blocks."""
     base = plan_order(case.layout, PSAConfig(error_weight=0.0), "cuda")
     configs = {name: preset.config for name, preset in load_presets(ROOT / "presets" / f"{case.family}.yaml").items()}
     configs[f"density {TARGET_DENSITY}"] = config_of_density(
@@ -233,6 +238,41 @@ def measure_psa(case: Case, q: Tensor, k: Tensor, v: Tensor, exact: Tensor, repe
     )
     for key_block in FLEX_KEY_BLOCKS:
         configs[exact_blocks_name(key_block)] = exact_blocks_config(case.layout, TARGET_DENSITY, key_block)
+    return configs
+
+
+def measure_matched(case: Case, q: Tensor, k: Tensor, v: Tensor, exact: Tensor, repeats: int) -> Iterator[Record]:
+    """One record of PSA with an error as large as Sol-Attn's and no larger."""
+    name = f"error of sol_attn {MATCHED_TAU}"
+    try:
+        rival = next(run for run in sol_attn(case.layout, q, k, v, TARGET_DENSITY) if run.preset == MATCHED_TAU)
+    except Unavailable as missing:
+        yield {"method": "psa", "preset": name, "failed": str(missing)}
+        return
+    wanted = errors(rival.attend(), exact)["rel_l2"]
+    order = plan_order(case.layout, PSAConfig(error_weight=0.0), "cuda")
+
+    def error_of(config: PSAConfig) -> float:
+        out = psa_attention(q, k, v, layout=case.layout, config=config, order=order, backend="triton")
+        assert isinstance(out, Tensor)
+        return errors(out, exact)["rel_l2"]
+
+    yield from measure_configs({name: config_of_error(error_of, wanted)}, case, q, k, v, exact, repeats)
+
+
+def config_of_error(error_of: Callable[[PSAConfig], float], wanted: float) -> PSAConfig:
+    """The default config with about the largest error weight whose error is not above ``wanted``."""
+    low, high = -5.0, 0.0  # powers of ten
+    for _ in range(9):
+        middle = (low + high) / 2
+        low, high = (middle, high) if error_of(PSAConfig(error_weight=10.0**middle)) <= wanted else (low, middle)
+    return PSAConfig(error_weight=10.0**low)
+
+
+def measure_configs(
+    configs: dict[str, PSAConfig], case: Case, q: Tensor, k: Tensor, v: Tensor, exact: Tensor, repeats: int
+) -> Iterator[Record]:
+    """A record of PSA for every named config."""
     for name, config in configs.items():
         order = plan_order(case.layout, config, "cuda")
 

@@ -234,3 +234,8 @@ def test_what_sampling_cannot_do_is_refused(
     assert message in capsys.readouterr().err
     with pytest.raises(ValueError, match="'/nowhere' is not a ComfyUI source folder"):
         sampling.main(["--tiny", "--comfyui", "/nowhere"])
+
+
+def test_the_matched_weight_is_the_largest_with_the_wanted_error() -> None:
+    config = attention.config_of_error(lambda config: config.error_weight**0.5, 0.1)
+    assert 0.95 * 0.01 < config.error_weight <= 0.01
