@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -24,14 +25,13 @@ def timed(run: Callable[[], Result], repeats: int) -> tuple[Result, float, float
     result = run()
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - max(torch.cuda.memory_allocated(), before)
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:  # as in a model, the CPU launches one run while the GPU is still busy with another
         result = run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
+        mark.record()
+    torch.cuda.synchronize()
+    times = [start.elapsed_time(end) for start, end in pairwise(marks)]
     return result, sorted(times)[repeats // 2], extra / 2**20
 
 

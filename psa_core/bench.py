@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -122,14 +123,13 @@ def describe_crossover(timings: list[Timing]) -> str:
 
 def _median_ms(run: Callable[[], Tensor]) -> float:
     run()
-    times: list[float] = []
-    for _ in range(REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]  # type: ignore[no-untyped-call]
+    marks[0].record()
+    for mark in marks[1:]:  # as in a model, the CPU launches one run while the GPU is still busy with another
         run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
+        mark.record()
+    torch.cuda.synchronize()
+    times: list[float] = [start.elapsed_time(end) for start, end in pairwise(marks)]
     return sorted(times)[REPEATS // 2]
 
 
