@@ -21,6 +21,7 @@ demo:
 install-tests:
 	$(PYTHON) demo/install.py --requirements tests/requirements.txt
 	$(PYTHON) tests/install_browser.py
+	$(PYTHON) tests/comfy_cli.py
 
 test: install-tests
 	COMFYUI_PATH="$${COMFYUI_PATH:-$(CURDIR)/.comfyui}" $(VENV_PYTHON) -m pytest -m "not gpu" $(TEST_ARGUMENTS)

@@ -1,4 +1,4 @@
-"""Draw the pack's icon: a pyramid of cells, each level half as fine as the one below.
+"""Draw the pack's icon and banner: a pyramid of cells, each level twice as fine as the one above.
 
 python docs/make_icon.py
 """
@@ -7,30 +7,52 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from matplotlib import font_manager
+from PIL import Image, ImageDraw, ImageFont
 
-ROOT = Path(__file__).resolve().parents[1]
-SIZE = 400
+WEB = Path(__file__).resolve().parents[1] / "web"
 SCALE = 4  # drawn larger and reduced, for smooth edges
 COLORS = ("#f6c945", "#f08a4b", "#d1495b", "#6d4c9f")
-BACKGROUND = "#14161c"
+BACKGROUND, TEXT, FAINT = "#14161c", "#f2f2f2", "#a7abb8"
 
 
 def main() -> None:
-    picture = Image.new("RGB", (SIZE * SCALE, SIZE * SCALE), BACKGROUND)
-    draw = ImageDraw.Draw(picture)
-    width, height, top = 330 * SCALE, 62 * SCALE, 66 * SCALE
+    icon = Image.new("RGB", (400 * SCALE, 400 * SCALE), BACKGROUND)
+    draw_pyramid(ImageDraw.Draw(icon), centre=200, top=66)
+    save(icon, "icon.png")
+
+    banner = Image.new("RGB", (1050 * SCALE, 450 * SCALE), BACKGROUND)  # the registry's 21:9
+    draw = ImageDraw.Draw(banner)
+    draw_pyramid(draw, centre=225, top=91)
+    draw.text((441 * SCALE, 148 * SCALE), "PSA Attention", TEXT, font("bold", 66))
+    draw.text((444 * SCALE, 240 * SCALE), "Wan and CogVideoX videos, sooner,", FAINT, font("normal", 29))
+    draw.text((444 * SCALE, 280 * SCALE), "with the picture you would have had", FAINT, font("normal", 29))
+    save(banner, "banner.png")
+
+
+def draw_pyramid(draw: ImageDraw.ImageDraw, centre: float, top: float) -> None:
+    """Draw the pyramid, 330 wide and 269 high; a cell each for 1, 2, 4 and 8 groups of tokens."""
+    width, height, row_gap, gap, radius = 330, 62, 7, 5, 7
     for level, color in enumerate(COLORS):
         cells = 2**level
         row_width = width * (level + 1) / len(COLORS)
-        left = (SIZE * SCALE - row_width) / 2
-        y = top + level * (height + 7 * SCALE)
-        gap = 5 * SCALE
         cell = (row_width - gap * (cells - 1)) / cells
+        y = top + level * (height + row_gap)
         for index in range(cells):
-            x = left + index * (cell + gap)
-            draw.rounded_rectangle((x, y, x + cell, y + height), radius=7 * SCALE, fill=color)
-    picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS).save(ROOT / "web" / "icon.png", optimize=True)
+            x = centre - row_width / 2 + index * (cell + gap)
+            box = tuple(SCALE * edge for edge in (x, y, x + cell, y + height))
+            draw.rounded_rectangle(box, radius=radius * SCALE, fill=color)
+
+
+def font(weight: str, size: float) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which matplotlib brings along."""
+    path = font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans", weight=weight))
+    return ImageFont.truetype(path, size * SCALE)
+
+
+def save(picture: Image.Image, name: str) -> None:
+    size = (picture.width // SCALE, picture.height // SCALE)
+    picture.resize(size, Image.Resampling.LANCZOS).save(WEB / name, optimize=True)
 
 
 if __name__ == "__main__":
