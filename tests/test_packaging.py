@@ -58,6 +58,7 @@ SHIPPED = {
     "README.md",
     "CHANGELOG.md",
     "LICENSE",
+    "SECURITY.md",
 }
 # Texts that registries' scanners have flagged, and ways to the network, which the pack has no use for.
 FLAGGED = (
