@@ -75,7 +75,8 @@ def test_the_guides_table_of_presets() -> None:
     for name in ("quality", "balanced", "fast"):
         cells = []
         for noise in NOISES:
-            sparse, dense = (by_key[f"learned {noise}", *key] for key in (("psa", name), ("cudnn", "")))
+            sparse = by_key[f"learned {noise}", "psa", name]
+            dense = by_key[f"learned {noise}", "cudnn", ""]
             faster = dense["ms"] / sparse["ms"]
             cells.append(f"{faster:.1f}x, density {sparse['density']:.2f}, error {sparse['rel_l2']:.3f}")
         rows.append(f"| `{name}` | " + " | ".join(cells) + " |")
