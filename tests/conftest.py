@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Generator, Iterator
@@ -11,6 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from pack import ROOT, load_pack
+
+__all__ = ["FUZZ", "ROOT", "cases"]
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # decided once, when Triton is first imported
@@ -32,19 +35,7 @@ def cases(usual: int) -> int:
     return usual * max(FUZZ, 1)
 
 
-ROOT = Path(__file__).resolve().parent.parent
-PACK = "psa_pack"
-
-
-def _load_pack() -> None:
-    spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[PACK] = module
-    spec.loader.exec_module(module)
-
-
-_load_pack()
+load_pack()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,59 @@
+"""The reliability benchmark finds what it is there for; in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import random
+import sys
+from importlib import import_module
+from types import ModuleType
+
+import pytest
+import torch
+from psa_pack.psa_core import TokenLayout
+from psa_pack.psa_core.backends import triton_unavailable_reason
+
+from conftest import ROOT
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LAYOUT = TokenLayout((2, 5, 7), video_start=3)
+
+pytestmark = pytest.mark.skipif(
+    (reason := triton_unavailable_reason(torch.device(DEVICE), torch.float32)) is not None, reason=str(reason)
+)
+
+
+@pytest.fixture(scope="module")
+def reliability() -> ModuleType:
+    sys.path.insert(0, str(ROOT))
+    return import_module("benchmarks.reliability")
+
+
+def test_a_shape_passes(reliability: ModuleType) -> None:
+    variant = reliability.VARIANTS[4]
+    inputs = reliability.make_inputs(random.Random(0), variant, LAYOUT)
+    share, wrong = reliability.compare(variant, LAYOUT, *inputs)
+    assert wrong == []
+    assert 0 < share <= 1
+
+
+def test_rows_that_nothing_is_written_to_are_found(reliability: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    variant = reliability.VARIANTS[4]
+    inputs = reliability.make_inputs(random.Random(0), variant, LAYOUT)
+    attend = reliability.triton.attend
+
+    def attend_but_one_row(prepared: object, selection: object, out: torch.Tensor) -> None:
+        last = out[:, :, -1].clone()
+        attend(prepared, selection, out)
+        out[:, :, -1] = last
+
+    monkeypatch.setattr(reliability.triton, "attend", attend_but_one_row)
+    _, wrong = reliability.compare(variant, LAYOUT, *inputs)
+    assert any(text.startswith("relative error nan") for text in wrong)
+    assert "the result depends on memory that nothing was written to" in wrong
+
+
+def test_without_a_sanitizer_the_reason_is_said(reliability: ModuleType) -> None:
+    assert reliability.sanitize("memcheck", None, 1) == {
+        "state": "not run",
+        "reason": "compute-sanitizer is not installed",
+    }
