@@ -47,7 +47,7 @@ pictures: demo
 	PYTHONPATH=demo $(VENV_PYTHON) docs/make_pictures.py
 
 screenshots: install-tests
-	PYTHONPATH=demo:tests $(VENV_PYTHON) docs/make_screenshots.py
+	PYTHONPATH=demo:tests $(VENV_PYTHON) docs/make_screenshots.py $(SCREENSHOT_ARGUMENTS)
 
 locales: install-tests
 	PYTHONPATH=demo:tests $(VENV_PYTHON) tests/node_texts.py

@@ -110,6 +110,21 @@ class Frontend:
                 return dict(new[0])
         raise TimeoutError(f"the prompt had no end within {timeout:.0f} s")
 
+    def click_widget(self, node_type: str, name: str) -> None:
+        """Click the middle of a widget of the only node of a type, at whatever place the canvas shows it."""
+        x, y = self.page.evaluate(
+            """([type, name]) => {
+                const node = app.graph.nodes.find((node) => node.type === type)
+                const widget = node.widgets.find((widget) => widget.name === name)
+                const { scale, offset } = app.canvas.ds
+                const place = [node.pos[0] + node.size[0] / 2, node.pos[1] + widget.last_y + 10]
+                const { left, top } = app.canvas.canvas.getBoundingClientRect()
+                return [left + (place[0] + offset[0]) * scale, top + (place[1] + offset[1]) * scale]
+            }""",
+            [node_type, name],
+        )
+        self.page.mouse.click(x, y)
+
     def fit(self, left: float, top: float, scale: float) -> None:
         """Move the canvas: the graph's point that is its upper left corner, and how large it is drawn."""
         self.page.evaluate(
@@ -126,13 +141,15 @@ class Frontend:
 
 
 @contextmanager
-def open_frontend(server: ComfyServer, width: int = 1600, height: int = 900) -> Iterator[Frontend]:
+def open_frontend(
+    server: ComfyServer, width: int = 1600, height: int = 900, language: str = "en"
+) -> Iterator[Frontend]:
     """Open a server's frontend in a headless browser.
 
     Raises:
         playwright.sync_api.Error: the frontend does not come up.
     """
-    for name, value in SETTINGS.items():
+    for name, value in {**SETTINGS, "Comfy.Locale": language}.items():
         server.post(f"/settings/{name}", value)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_browser(), args=ARGUMENTS)
