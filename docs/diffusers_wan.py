@@ -1,10 +1,10 @@
 """Wan in diffusers with pyramid sparse attention: psa_core without ComfyUI.
 
-    pip install '.[triton]' 'diffusers>=0.42' accelerate av ftfy transformers
+    pip install torch '.[triton]' 'diffusers>=0.42' transformers accelerate av ftfy
     python docs/diffusers_wan.py "A red fox runs through deep snow."
 
-Takes any text to video Wan that diffusers loads, Wan 2.2 with its two experts included. The first frames of a run come
-late: Triton compiles its kernels once.
+Takes any text to video Wan that diffusers loads, Wan 2.2 with its two experts included. The first sparse step takes
+longer: Triton compiles its kernels once.
 """
 
 from __future__ import annotations

@@ -43,6 +43,21 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert broken == []
 
 
+def test_both_readmes_say_the_same() -> None:
+    """Headings, figures, code, links and pictures, in the same order."""
+    english, chinese = ((ROOT / name).read_text("utf-8") for name in ("README.md", "README_zh.md"))
+    for pattern in (
+        r"^(#+) ",
+        r"^(\|[-|]+\|)$",
+        r"(?:\]\(|src(?:set)?=\")(?!README)([^)\"]+)",
+        r"(\d+\.\d+ (?:ms|s)\b|\d\.\d+x|\d+x\d+|0\.\d{3})",
+        r"`([^`\n]+)`",
+        r"^    (\S.*?)(?:  #.*)?$",
+    ):
+        both = [re.findall(pattern, text, re.MULTILINE) for text in (english, chinese.replace("_zh.png", ".png"))]
+        assert sorted(both[0]) == sorted(both[1]), pattern
+
+
 def test_the_guides_table_of_levels() -> None:
     rows = ["| levels | noise 0.9 | 0.6 | 0.3 |", "|---|---|---|---|"]
     for choice, title in (

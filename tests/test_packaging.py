@@ -56,6 +56,7 @@ SHIPPED = {
     "pyproject.toml",
     "requirements.txt",
     "README.md",
+    "README_zh.md",
     "CHANGELOG.md",
     "LICENSE",
     "SECURITY.md",
