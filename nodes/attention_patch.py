@@ -268,7 +268,7 @@ def _with_error_weight(preset: Preset, error_weight: float) -> PSAConfig:
         return preset.config
     if preset.config.selection != "error":
         raise ValueError(
-            f"error_weight: {error_weight:g} has no meaning for preset {preset.family} {preset.name}, which selects by "
+            f"error_weight: {error_weight} has no meaning for preset {preset.family} {preset.name}, which selects by "
             f"{preset.config.selection}; only -1 is allowed"
         )
     return _checked(lambda: dataclasses.replace(preset.config, error_weight=error_weight))
@@ -279,7 +279,7 @@ def _with_schedule(
 ) -> Schedule:
     values: dict[str, Any] = {"start_percent": start_percent, "end_percent": end_percent, "min_tokens": min_tokens}
     changes = {name: value for name, value in values.items() if value != KEEP}
-    if dense_blocks.strip():
+    if not isinstance(dense_blocks, str) or dense_blocks.strip():
         changes["dense_blocks"] = BlockList.parse(dense_blocks)
     return _checked(lambda: dataclasses.replace(schedule, **changes))
 

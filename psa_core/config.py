@@ -177,7 +177,8 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # a whole number may be too large for isfinite
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -34,7 +34,8 @@ from . import official_presets
 from .config import PSAConfig
 from .schedule import BlockList, Schedule
 
-MAX_FILE_BYTES = 64 * 1024
+MAX_FILE_BYTES = 32 * 1024  # eight times the longest bundled file; the densest YAML of this size takes half a second
+MAX_MESSAGE = 600
 
 _FILE_KEYS = ("family", "description", "source", "presets")
 _CONFIG_KEYS = (
@@ -57,7 +58,16 @@ _log = logging.getLogger(__name__)
 
 
 class PresetError(ValueError):
-    """A preset file cannot be used; the message names file, preset, parameter, value and what is allowed."""
+    """A preset file cannot be used; the message names file, preset, parameter, value and what is allowed.
+
+    Args:
+        message: Shortened in the middle, where a long value stands, so that both ends can be read.
+    """
+
+    def __init__(self, message: str) -> None:
+        message = message.encode("utf-8", "backslashreplace").decode()  # half a character cannot be shown
+        half = MAX_MESSAGE // 2
+        super().__init__(message if len(message) <= MAX_MESSAGE else f"{message[:half]} ... {message[-half:]}")
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,7 @@ def load_presets(path: Path) -> dict[str, Preset]:
     """Read the presets of a file, by name and in its order.
 
     Raises:
-        PresetError: the file is missing, unreadable, longer than 64 KiB or holds something else than presets.
+        PresetError: the file is missing, unreadable, longer than 32 KiB or holds something else than presets.
     """
     try:
         with path.open("rb") as file:
@@ -116,7 +126,7 @@ def parse_presets(text: str, file: str) -> dict[str, Preset]:
     except yaml.MarkedYAMLError as error:
         place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise PresetError(f"{file}: {place}{error.problem or error.context}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise PresetError(f"{file}: is not readable YAML ({error})") from error
     if official_presets.is_official(document):
         return _official(document, file)
@@ -252,7 +262,7 @@ def _tuple(value: object) -> Any:
 
 
 class _PresetLoader(yaml.SafeLoader):
-    """SafeLoader without anchors, aliases and repeated keys, which a preset never needs and only errors use."""
+    """SafeLoader without anchors, aliases, tags and repeated keys, which presets never need and only errors use."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
@@ -260,6 +270,8 @@ class _PresetLoader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(
                 None, None, "anchors (&) and aliases (*) are not allowed", event.start_mark
             )
+        if getattr(event, "tag", None) is not None:
+            raise yaml.composer.ComposerError(None, None, f"tags ({event.tag}) are not allowed", event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:

@@ -215,7 +215,11 @@ def test_a_wrong_setting_is_refused_with_file_preset_and_what_is_allowed(setting
         ("family: *name", "line 1: anchors (&) and aliases (*) are not allowed"),
         ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "line 1: anchors (&) and aliases (*) are not allowed"),
         ("family: wan\npresets: {a: {<<: {error_weight: 1}}}", "line 2: could not determine a constructor"),
-        ("family: !!python/object/apply:os.getcwd []", "line 1: could not determine a constructor"),
+        ("family: !!python/object/apply:os.getcwd []", "tags (tag:yaml.org,2002:python/object/apply:os"),
+        ("family: !!int ''", "line 1: tags (tag:yaml.org,2002:int) are not allowed"),
+        ('family: "\\UFFFFFFFF"', "is not readable YAML"),
+        ("family: wan\npresets: {a: {error_weight: 0x" + "f" * 500 + "}}", "is not a number from 0 (dense) to 1e6"),
+        ("family: wan\npresets: {a: {error_weight: 0x" + "f" * 9000 + "}}", "Exceeds the limit"),
         ("family: [", "line 1: "),
         ("a: 1\n---\nb: 2", "line 2: "),
         ("? [1, 2]\n: 3", "line 1: [1, 2] cannot be a key"),
@@ -255,7 +259,7 @@ def test_a_file_may_be_as_long_as_allowed_and_no_longer(tmp_path: Path) -> None:
     path.write_text(text + "#" * (MAX_FILE_BYTES - len(text)))
     assert list(load_presets(path)) == ["mine"]
     path.write_text(text + "#" * (MAX_FILE_BYTES - len(text) + 1))
-    with pytest.raises(PresetError, match=r"long\.yaml: is longer than the allowed 65536 bytes"):
+    with pytest.raises(PresetError, match=r"long\.yaml: is longer than the allowed 32768 bytes"):
         load_presets(path)
 
 
