@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import sys
 from functools import cache
 
 import torch
@@ -37,7 +39,7 @@ def self_check(device: torch.device, dtype: torch.dtype, head_dim: int, backend:
         backend: ``triton`` or ``reference``.
 
     Raises:
-        SelfCheckFailed: with what was expected and what came out.
+        SelfCheckFailed: with what was expected, what came out, and what to report.
     """
     layout = TokenLayout(GRID, video_start=TEXT_TOKENS)
     config = PSAConfig(error_weight=1e-3)
@@ -49,10 +51,22 @@ def self_check(device: torch.device, dtype: torch.dtype, head_dim: int, backend:
     pairs = stats.level_pairs.sum(dim=(0, 1)).tolist()
     case = f"self-check of backend {backend} on {device}, {dtype}, head dim {head_dim}"
     if not error <= LIMITS[dtype]:
-        raise SelfCheckFailed(f"{case}: relative error {error:.3g} against dense attention; at most {LIMITS[dtype]}")
+        raise SelfCheckFailed(
+            f"{case}: relative error {error:.3g} against dense attention; at most {LIMITS[dtype]}; {_report(device)}"
+        )
     if min(pairs) == 0:
         used = dict(zip(config.levels, pairs, strict=True))
-        raise SelfCheckFailed(f"{case}: each level should serve some pairs, but the pairs per level are {used}")
+        raise SelfCheckFailed(
+            f"{case}: each level should serve some pairs, but the pairs per level are {used}; {_report(device)}"
+        )
+
+
+def _report(device: torch.device) -> str:
+    """What the project needs to know about this machine."""
+    triton = getattr(sys.modules.get("triton"), "__version__", "not loaded")
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    versions = f"torch {torch.__version__}, Triton {triton}, {gpu}, {platform.system()}"
+    return f"please report this line as a bug of PSA Attention ({versions})"
 
 
 def _inputs(
