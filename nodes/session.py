@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -130,7 +131,8 @@ class Session:
         self._failure: str | None = None
         self._unsupported: str | None = None
         self._step: _Step | None = None
-        self._step_change = threading.Lock()
+        # ComfyUI calls the model from a thread for each GPU where it spreads a batch over several.
+        self._counting = threading.Lock()
         self._steps = self._sparse_steps = self._sparse_calls = self._other_calls = self._tokens = 0
         self._density_calls = 0
         self._dense_calls: Counter[str] = Counter()
@@ -138,9 +140,8 @@ class Session:
 
     def begin_model_call(self, sigma: float, layout: TokenLayout) -> None:
         """Note that the model is called at a noise level; another level than before begins a step."""
-        self._tokens = max(self._tokens, layout.tokens)
-        # ComfyUI calls the model from several threads where it spreads a batch over several GPUs.
-        with self._step_change:
+        with self._counting:
+            self._tokens = max(self._tokens, layout.tokens)
             if self._step is None or sigma != self._step.sigma:
                 before, self._step = self._step, _Step(sigma, self._window_reason(sigma))
                 self._close(before)
@@ -151,11 +152,13 @@ class Session:
 
     def count_other(self) -> None:
         """Count an attention call that is not the video's self-attention."""
-        self._other_calls += 1
+        with self._counting:
+            self._other_calls += 1
 
     def count_dense(self, reason: str) -> None:
         """Count a video self-attention call that stays dense."""
-        self._current_step.dense[reason] += 1
+        with self._counting:
+            self._current_step.dense[reason] += 1
 
     def dense_reason(self, layout: TokenLayout, block: int | None) -> str | None:
         """Why a video self-attention call stays dense by the schedule, or None if it may be sparse.
@@ -200,8 +203,11 @@ class Session:
                     order=self._order(layout, q.device),
                     stats=True,
                 )
-                step = self._current_step
-                step.density[q.device] = step.density.get(q.device, 0) + stats.density.mean()
+                density = stats.density.mean()
+                with self._counting:
+                    step = self._current_step
+                    step.density[q.device] = step.density.get(q.device, 0) + density
+                    step.sparse += 1
         except InterruptProcessingException:
             raise
         except (backends.BackendUnavailable, SelfCheckFailed) as error:
@@ -210,7 +216,6 @@ class Session:
             # Whatever a kernel does, the video renders: dense attention takes over.
             self._fail(f"{type(error).__name__}: {error}", error)
         else:
-            step.sparse += 1
             return out
         self.count_dense(f"because PSA could not run ({self._failure})")
         return None
@@ -279,7 +284,9 @@ class Session:
     def _fail(self, reason: str, error: Exception | None = None) -> None:
         self._failure = reason.partition("\n")[0]
         title = self.settings.title
-        _log.warning("PSA %s: attention is dense for the rest of this run: %s", title, reason, exc_info=error)
+        # As text: a log handler that keeps records would keep the traceback's tensors as well.
+        trace = "\n" + "".join(traceback.format_exception(error)).rstrip() if error else ""
+        _log.warning("PSA %s: attention is dense for the rest of this run: %s%s", title, reason, trace)
 
     def _close(self, step: _Step | None, read_density: bool = True) -> None:
         if step is None:

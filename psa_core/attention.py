@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +68,7 @@ def psa_attention(
     Raises:
         ValueError: naming the parameter, its value and what is allowed.
         backends.BackendUnavailable: the requested backend cannot run here, with the reason.
+        torch.OutOfMemoryError: there is not even memory for the output or for one head at a time.
     """
     _check_inputs(q, k, v, layout, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -79,17 +79,45 @@ def psa_attention(
     engine = backends.resolve(backend, q)
 
     out = torch.empty_like(q)
-    collected: list[PSAStats] = []
-    for batch, heads in _head_chunks(q, engine.workspace_bytes_per_head(q, order, config), config):
-        part = (slice(batch, batch + 1), heads)
-        counted = _attend_chunk(engine, q[part], k[part], v[part], out[part], order, config, scale, stats)
-        collected.extend(counted)
+    collected = _attend_in_chunks(engine, q, k, v, out, order, config, scale, stats)
     if not stats:
         return out
     shape = q.shape[:2]
     density = torch.cat([part.density.flatten(0, 1) for part in collected]).view(shape)
     level_pairs = torch.cat([part.level_pairs.flatten(0, 1) for part in collected]).view(*shape, -1)
     return out, PSAStats(density, level_pairs)
+
+
+def _attend_in_chunks(
+    engine: backends.Backend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    order: TokenOrder,
+    config: PSAConfig,
+    scale: float,
+    stats: bool,
+) -> list[PSAStats]:
+    """All heads, as many at a time as the workspace holds; half as many from where memory runs out."""
+    size = _heads_per_chunk(q.shape[1], engine.workspace_bytes_per_head(q, order, config), config)
+    collected: list[PSAStats] = []
+    for batch in range(q.shape[0]):
+        first = 0
+        while first < q.shape[1]:
+            part = (slice(batch, batch + 1), slice(first, first + size))
+            try:
+                counted = _attend_chunk(engine, q[part], k[part], v[part], out[part], order, config, scale, stats)
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                counted = None
+            if counted is None:  # outside of the clause, whose error keeps the chunk's tensors alive
+                size = math.ceil(size / 2)
+                continue
+            collected.extend(counted)
+            first += size
+    return collected
 
 
 def _attend_chunk(
@@ -110,17 +138,13 @@ def _attend_chunk(
     return [PSAStats(*engine.count(prepared, selection))] if stats else []
 
 
-def _head_chunks(q: Tensor, bytes_per_head: int, config: PSAConfig) -> Iterator[tuple[int, slice]]:
+def _heads_per_chunk(heads: int, bytes_per_head: int, config: PSAConfig) -> int:
     limit = config.workspace_mib * 2**20
     if bytes_per_head > limit:
         least = math.ceil(bytes_per_head / 2**20)
         raise ValueError(f"workspace_mib: {config.workspace_mib} is too small for one head; the least is {least}")
-    batches, heads = q.shape[:2]
     chunks = math.ceil(heads / (limit // bytes_per_head))
-    size = math.ceil(heads / chunks)
-    for batch in range(batches):
-        for start in range(0, heads, size):
-            yield batch, slice(start, min(start + size, heads))
+    return math.ceil(heads / chunks)
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, scale: float | None) -> None:
