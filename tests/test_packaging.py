@@ -16,7 +16,6 @@ from typing import Any
 from urllib.parse import quote
 from urllib.request import urlopen
 
-import av
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -25,6 +24,8 @@ from PIL import Image
 from comfy_cli import VERSION, missing_reason, run_comfy_cli
 from comfy_server import ComfyServer
 from registry_stub import RegistryStub
+
+av = pytest.importorskip("av", reason="av is not installed; `make test` installs it")
 
 if sys.version_info >= (3, 11):
     import tomllib
