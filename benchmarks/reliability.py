@@ -7,13 +7,17 @@ Writes ``reliability.json``, ``{device, versions, commit, seconds, parts}``:
   that PyTorch allocates without a value is filled with NaN and the largest integers.
 - ``memory``: what is allocated after so many runs is what was allocated before, within a MiB. A run plans an order,
   attends in many calls, some with statistics, and in every fifth run one call breaks off between two kernels.
+- ``sampling``: the same of whole sampling runs in ComfyUI, where ``--comfyui`` or COMFYUI_PATH names one: a third ends,
+  a third is interrupted, in a third another node fails.
 - ``memcheck``, ``racecheck``: a few shapes under NVIDIA's compute-sanitizer, where it is found.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import gc
 import json
 import os
 import random
@@ -24,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -37,6 +42,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: the kernels run without a GPU, slowly
 
+from benchmarks import comfy_models  # noqa: E402
 from benchmarks.results_file import RESULTS, checked_out_commit, describe_machine  # noqa: E402
 from pack import load_pack  # noqa: E402
 
@@ -50,6 +56,7 @@ from oracle import random_inputs, reference_codes, reference_output, relative_er
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEED = 20251204
 KEPT_LIMIT = 2**20
+ENDINGS = ("finished", "interrupted", "failed")
 BF16 = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # Triton's interpreter cannot multiply bf16
 SANITIZER_PLACES = ("/usr/local/cuda/bin/compute-sanitizer", "/usr/local/cuda/compute-sanitizer/compute-sanitizer")
 RANKED = {"levels": (1, 2, 4, 8, "skip"), "ranges": ((0, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0))}
@@ -89,6 +96,7 @@ def main() -> int:
     for name, run in {
         "shapes": lambda: check_shapes(args.shapes, args.seconds),
         "memory": lambda: check_memory(args.runs, args.seconds),
+        "sampling": lambda: check_sampling(args.comfyui, args.runs, args.seconds),
         "memcheck": lambda: sanitize("memcheck", args.sanitizer, args.seconds),
         "racecheck": lambda: sanitize("racecheck", args.sanitizer, args.seconds),
     }.items():
@@ -108,9 +116,10 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=int, default=200, help="random shapes")
-    parser.add_argument("--runs", type=int, default=50, help="runs of the memory part")
+    parser.add_argument("--runs", type=int, default=50, help="runs of the memory and sampling parts")
     parser.add_argument("--seconds", type=float, default=60, help="after which a part ends and says how far it came")
     parser.add_argument("--sanitizer", default=find_sanitizer(), help="compute-sanitizer, where it is not in its place")
+    parser.add_argument("--comfyui", type=Path, default=comfy_models.comfyui_path(), help="default: COMFYUI_PATH")
     parser.add_argument("--call", action="store_true", help="only call every kernel, for the sanitizer")
     parser.add_argument("--commit", default=checked_out_commit(), help="where there is no git: the commit checked")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -251,6 +260,63 @@ def run_once(chance: random.Random, variant: Variant, broken_off: bool) -> None:
         except BrokenOff:
             return
         raise AssertionError("the call went on without its last kernel")
+
+
+def check_sampling(comfyui: Path | None, runs: int, seconds: float) -> Part:
+    """Memory before and after many sampling runs of a small model with the patch node."""
+    if DEVICE != "cuda" or comfyui is None:
+        return {"state": "not run", "reason": "there is no " + ("ComfyUI" if DEVICE == "cuda" else "CUDA device")}
+    version = comfy_models.import_comfyui(comfyui)
+    video = comfy_models.shrink(comfy_models.MODELS["wan2.1_1.3b"])
+    node = import_module("psa_pack.nodes.attention_patch").PSAAttentionPatch
+    (model,) = node.execute(
+        comfy_models.load(video, BF16), "balanced", start_percent=0.0, min_tokens=0, backend="triton"
+    ).result
+    sparse_calls: list[int] = []
+    for ending in ENDINGS:
+        sample_once(model, video, ending)  # whatever ComfyUI sets up once
+    before, most, until = allocated_bytes(), 0, time.perf_counter() + seconds
+    for done in range(runs):
+        if time.perf_counter() > until:
+            break
+        sparse_calls.append(sample_once(model, video, ENDINGS[done % len(ENDINGS)]))
+        most = max(most, allocated_bytes() - before, key=abs)
+    else:
+        done = runs
+    state = "failed" if abs(most) > KEPT_LIMIT or 0 in sparse_calls else "passed" if done == runs else "out of time"
+    return {
+        "state": state,
+        "comfyui": version,
+        "runs": done,
+        "wanted": runs,
+        "least_sparse_calls_of_a_run": min(sparse_calls, default=0),
+        "most_bytes_kept_after_a_run": most,
+    }
+
+
+def sample_once(model: Any, video: comfy_models.VideoModel, ending: str) -> int:
+    """Sparse attention calls of a run that comes to that ending in its third step."""
+    from comfy.model_management import InterruptProcessingException, interrupt_current_processing
+
+    def step_ended(step: int, *_: Any) -> None:
+        if step == 1 and ending == "interrupted":
+            interrupt_current_processing()
+        if step == 1 and ending == "failed":
+            raise BrokenOff
+
+    with contextlib.suppress(InterruptProcessingException, BrokenOff):
+        comfy_models.sample(model, video, 4, step_ended)
+    run = model.get_wrappers("outer_sample", "psa_attention")[0].__self__.last_run
+    if run.outcome != ending:
+        raise AssertionError(f"the run {run.outcome}; it should have {ending}")
+    return int(run.sparse_calls)
+
+
+def allocated_bytes() -> int:
+    """What PyTorch holds on the GPU for tensors that are still reachable."""
+    gc.collect()
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated()
 
 
 def compile_all() -> None:
