@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -117,6 +118,7 @@ class AttentionOverride:
         self._previous = previous
         self._block: int | None = None
         self._calls = 0
+        self._video_calls = 0
         # Calls with single-owner tensor containers are only for overrides that say they take them.
         if hasattr(previous, "container_function"):
             self.container_function = previous.container_function
@@ -127,31 +129,36 @@ class AttentionOverride:
         if self._sequence.one_call_per_block:
             self._block, self._calls = self._calls, self._calls + 1
         call = AttentionCall.read(*args, **kwargs)
+        dense = partial(func if self._previous is None else partial(self._previous, func), *args, **kwargs)
         if call is None or not self._spans_the_video(call):
             self._session.count_other()
-        elif reason := self._dense_reason(call):
+            return dense()
+        block = self._named_block(call)
+        place, self._video_calls = self._video_calls if block is None else block, self._video_calls + 1
+        if reason := self._dense_reason(call, block):
             self._session.count_dense(reason)
         else:
             q, k, v = map(call.heads_first, (call.q, call.k, call.v))
-            out = self._session.attend(q, k, v, self._sequence.layout, call.scale)
+            out = self._session.attend(q, k, v, self._sequence.layout, call.scale, place)
             if out is not None:
                 return call.output(out)
-        if self._previous is None:
-            return func(*args, **kwargs)
-        return self._previous(func, *args, **kwargs)
+        with self._session.timed_dense(call.q.device, self._sequence.layout.tokens, place):
+            return dense()
 
     def _spans_the_video(self, call: AttentionCall) -> bool:
         same = call.q.shape == call.k.shape == call.v.shape
         return same and call.q.shape[2 if call.skip_reshape else 1] == self._sequence.layout.tokens
 
-    def _dense_reason(self, call: AttentionCall) -> str | None:
+    def _named_block(self, call: AttentionCall) -> int | None:
+        if self._sequence.side_blocks:  # whose calls carry the index of the block before them
+            return self._block
+        return call.options.get("block_index", self._block)
+
+    def _dense_reason(self, call: AttentionCall, block: int | None) -> str | None:
         if self._sequence.layout.tokens in self._sequence.context_lengths:
             return (
                 "text or image context as long as the video, so that self-attention cannot be told from cross attention"
             )
-        block = self._block
-        if not self._sequence.side_blocks:  # whose calls carry the index of the block before them
-            block = call.options.get("block_index", block)
         return self._session.dense_reason(self._sequence.layout, block) or call.unsupported_reason()
 
     def entries(self, options: Options, track_blocks: int) -> Options:

@@ -94,14 +94,14 @@ def load_preset(choice: str) -> Preset:
 def _find_file(choice: str) -> Path | None:
     stem = choice.rpartition("/")[0]
     own = stem.startswith(_USER_PREFIX)
-    folder = _user_folder() if own else _BUNDLED_FOLDER
+    folder = user_folder() if own else _BUNDLED_FOLDER
     # Only files that the folder lists: a choice may come from anyone who can queue a prompt.
     return {path.stem: path for path in _files(folder)}.get(stem.removeprefix(_USER_PREFIX))
 
 
 def _preset_names() -> list[str]:
     names = [f"{path.stem}/{name}" for path in _files(_BUNDLED_FOLDER) for name in load_presets(path)]
-    for path in _files(_user_folder()):
+    for path in _files(user_folder()):
         try:
             names += [f"{_USER_PREFIX}{path.stem}/{name}" for name in load_presets(path)]
         except PresetError as error:
@@ -114,5 +114,6 @@ def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.yaml"))
 
 
-def _user_folder() -> Path:
+def user_folder() -> Path:
+    """Where the user's own presets are."""
     return Path(folder_paths.get_user_directory()) / "psa_presets"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +17,8 @@ from comfy.model_management import InterruptProcessingException
 from torch import Tensor
 
 from ..psa_core import TokenLayout, TokenOrder, backends, plan_order, psa_attention
+from ..psa_core.attention import PSAStats
+from ..psa_core.config import Level
 from ..psa_core.presets import Preset
 from ..psa_core.self_check import SelfCheckFailed, self_check
 
@@ -51,6 +55,27 @@ class PatchSettings:
 
 
 @dataclass(frozen=True)
+class CallRecord:
+    """One video self-attention call of a run.
+
+    Args:
+        step: Number of its noise level, from 0.
+        block: Transformer block, where ComfyUI names it; else its place among the model call's video calls.
+        tokens: Length of its sequence.
+        seconds: How long it took on its device; None if it failed.
+        density: Share of dense work that was done; None for a dense call.
+        level_pairs: Number of block pairs at each level of the preset; empty for a dense call.
+    """
+
+    step: int
+    block: int
+    tokens: int
+    seconds: float | None
+    density: float | None
+    level_pairs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """A finished sampling run in plain numbers.
 
@@ -67,6 +92,8 @@ class RunRecord:
         tokens: Length of the longest video sequence.
         backend: Backend of the sparse calls; empty without any.
         unused_cause: Why no video self-attention came by; empty where some did.
+        levels: The preset's levels, from fine to coarse.
+        calls: The video self-attention calls, in order; empty after a failure.
     """
 
     title: str
@@ -81,6 +108,13 @@ class RunRecord:
     tokens: int
     backend: str
     unused_cause: str
+    levels: tuple[Level, ...]
+    calls: tuple[CallRecord, ...]
+
+    @property
+    def speedup(self) -> float | None:
+        """Median time of a dense call over that of a sparse one of the same length; None where one kind is missing."""
+        return speedup(self.calls)
 
     def __str__(self) -> str:
         parts = []
@@ -88,7 +122,8 @@ class RunRecord:
             parts.append(f"not used: {self.unused_cause}")
         else:
             density = "" if self.density is None else f" (mean density {self.density:.3f}, {self.backend})"
-            parts.append(f"{self.sparse_calls} sparse calls{density}")
+            faster = "" if (ratio := self.speedup) is None else f", {ratio:.1f}x dense speed"
+            parts.append(f"{self.sparse_calls} sparse calls{density}{faster}")
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.dense_calls.items())
             parts.append(f"{sum(self.dense_calls.values())} dense calls" + (f" ({reasons})" if reasons else ""))
             parts.append(f"{self.sparse_steps} of {self.steps} steps sparse")
@@ -97,15 +132,71 @@ class RunRecord:
         return "; ".join(parts)
 
 
+def speedup(calls: Sequence[CallRecord]) -> float | None:
+    """Median time of a dense call over that of a sparse one, at the longest length that has both; None without."""
+    times: dict[int, tuple[list[float], list[float]]] = {}
+    for call in calls:
+        if call.seconds is not None:
+            times.setdefault(call.tokens, ([], []))[call.density is not None].append(call.seconds)
+    both = [tokens for tokens, (dense, sparse) in times.items() if dense and sparse]
+    if not both:
+        return None
+    dense, sparse = times[max(both)]
+    return statistics.median(dense) / max(statistics.median(sparse), 1e-9)
+
+
+class Stopwatch:
+    """Time between construction and ``stop`` on a device, without waiting for it until ``seconds`` is asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        if device.type == "cuda":
+            stream = torch.cuda.current_stream(device)
+            self._events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            self._events[0].record(stream)
+        else:
+            self._seconds = -time.perf_counter()
+
+    def stop(self) -> None:
+        if self._events is not None:
+            self._events[1].record(torch.cuda.current_stream(self._device))
+        else:
+            self._seconds += time.perf_counter()
+
+    def seconds(self) -> float:
+        if self._events is None:
+            return self._seconds
+        self._events[1].synchronize()
+        return self._events[0].elapsed_time(self._events[1]) / 1000
+
+
+@dataclass
+class _PendingCall:
+    """A call whose numbers are still on their way from the device."""
+
+    step: int
+    block: int
+    tokens: int
+    watch: Stopwatch
+    stats: PSAStats | None
+
+    def read(self) -> CallRecord:
+        density, pairs = None, ()
+        if self.stats is not None:
+            density = float(self.stats.density.mean())
+            pairs = tuple(self.stats.level_pairs.sum(dim=(0, 1)).tolist())
+        return CallRecord(self.step, self.block, self.tokens, self.watch.seconds(), density, pairs)
+
+
 @dataclass
 class _Step:
-    """Counts of one noise level; density sums stay on their devices until the step is over."""
+    """Counts of one noise level."""
 
     sigma: float
     window_reason: str | None
     sparse: int = 0
     dense: Counter[str] = field(default_factory=Counter)
-    density: dict[torch.device, Tensor] = field(default_factory=dict)
 
 
 class Session:
@@ -134,9 +225,9 @@ class Session:
         # ComfyUI calls the model from a thread for each GPU where it spreads a batch over several.
         self._counting = threading.Lock()
         self._steps = self._sparse_steps = self._sparse_calls = self._other_calls = self._tokens = 0
-        self._density_calls = 0
         self._dense_calls: Counter[str] = Counter()
-        self._density_sum = 0.0
+        self._pending: list[_PendingCall] = []
+        self._calls: list[CallRecord] = []
 
     def begin_model_call(self, sigma: float, layout: TokenLayout) -> None:
         """Note that the model is called at a noise level; another level than before begins a step."""
@@ -180,11 +271,23 @@ class Session:
             return "in dense_blocks"
         return None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, scale: float | None) -> Tensor | None:
+    @contextmanager
+    def timed_dense(self, device: torch.device, tokens: int, block: int) -> Iterator[None]:
+        """Time a video self-attention call that stays dense."""
+        watch = Stopwatch(device)
+        yield
+        watch.stop()
+        with self._counting:
+            self._pending.append(_PendingCall(self._steps, block, tokens, watch, None))
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, scale: float | None, block: int
+    ) -> Tensor | None:
         """Compute a call sparsely.
 
         Args:
             q: Queries ``[B, H, N, D]``; k and v likewise.
+            block: Where the record of the call belongs.
 
         Returns:
             The output in q's memory layout, or None after a failure, which turns the rest of the run dense.
@@ -192,6 +295,8 @@ class Session:
         try:
             with pause_malloc_graph():
                 backend = self._usable_backend(q)
+                order = self._order(layout, q.device)
+                watch = Stopwatch(q.device)
                 out, stats = psa_attention(
                     q,
                     k,
@@ -200,14 +305,13 @@ class Session:
                     config=self.settings.preset.config,
                     scale=scale,
                     backend=backend,
-                    order=self._order(layout, q.device),
+                    order=order,
                     stats=True,
                 )
-                density = stats.density.mean()
+                watch.stop()
                 with self._counting:
-                    step = self._current_step
-                    step.density[q.device] = step.density.get(q.device, 0) + density
-                    step.sparse += 1
+                    self._pending.append(_PendingCall(self._steps, block, layout.tokens, watch, stats))
+                    self._current_step.sparse += 1
         except InterruptProcessingException:
             raise
         except (backends.BackendUnavailable, SelfCheckFailed) as error:
@@ -227,7 +331,10 @@ class Session:
             outcome: ``finished``, ``interrupted`` or ``failed``.
         """
         # After a failure the device may answer nothing any more, not even a number.
-        self._close(self._step, read_density=outcome != "failed")
+        self._close(self._step, readable=outcome != "failed")
+        if outcome != "failed":
+            self._read_pending()
+        self._pending.clear()
         self._orders.clear()
         record = RunRecord(
             title=self.settings.title,
@@ -238,10 +345,12 @@ class Session:
             sparse_calls=self._sparse_calls,
             dense_calls=dict(self._dense_calls),
             other_calls=self._other_calls,
-            density=self._density_sum / self._density_calls if self._density_calls else None,
+            density=self._mean_density(),
             tokens=self._tokens,
             backend=", ".join(sorted(set(self._backends.values()))) if self._sparse_calls else "",
             unused_cause=self._unused_cause(),
+            levels=self.settings.preset.config.levels,
+            calls=tuple(self._calls),
         )
         _log.info("PSA %s: %s", record.title, record)
         self._say(str(record))
@@ -288,7 +397,15 @@ class Session:
         trace = "\n" + "".join(traceback.format_exception(error)).rstrip() if error else ""
         _log.warning("PSA %s: attention is dense for the rest of this run: %s%s", title, reason, trace)
 
-    def _close(self, step: _Step | None, read_density: bool = True) -> None:
+    def _read_pending(self) -> None:
+        self._calls += [call.read() for call in self._pending]
+        self._pending.clear()
+
+    def _mean_density(self) -> float | None:
+        densities = [call.density for call in self._calls if call.density is not None]
+        return statistics.fmean(densities) if densities else None
+
+    def _close(self, step: _Step | None, readable: bool = True) -> None:
         if step is None:
             return
         self._steps += 1
@@ -298,11 +415,12 @@ class Session:
             self._sparse_steps += 1
             self._sparse_calls += step.sparse
             state = "sparse"
-            if read_density:
-                total = sum(float(part) for part in step.density.values())
-                self._density_sum += total
-                self._density_calls += step.sparse
-                state = f"sparse, density {total / step.sparse:.3f}"
+            if readable:
+                # Dense steps before it wait for this one, so that they never wait for the device themselves.
+                self._read_pending()
+                ratio = speedup(self._calls)
+                faster = "" if ratio is None else f", {ratio:.1f}x dense speed"
+                state = f"sparse, density so far {self._mean_density():.3f}{faster}"
         text = f"step {self._steps}: {state}"
         if self.settings.verbose:
             counts = f"sigma {step.sigma:.4f}, {step.sparse} sparse and {step.dense.total()} dense calls"
