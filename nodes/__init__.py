@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .attention_patch import PSAAttentionPatch
 from .load_cogvideox import PSALoadCogVideoX, PSALoadCogVideoXLoRA
+from .preset import PSAPreset
 from .preset_loader import PSAPresetLoader
 
 
@@ -13,4 +14,4 @@ class PSAExtension(ComfyExtension):
     """The pack, as ComfyUI asks for it."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [PSAAttentionPatch, PSAPresetLoader, PSALoadCogVideoX, PSALoadCogVideoXLoRA]
+        return [PSAAttentionPatch, PSAPresetLoader, PSAPreset, PSALoadCogVideoX, PSALoadCogVideoXLoRA]

@@ -157,8 +157,8 @@ class PSAPreset(io.ComfyNode):
             settings["levels"] = _read_levels(levels)
         if order != FROM_BASE:
             settings["order"] = order
-        schedule: dict[str, Any] = {"start_percent": start_percent, "end_percent": end_percent, "min_tokens": min_tokens}
-        schedule = {key: value for key, value in schedule.items() if value != KEEP}
+        given = {"start_percent": start_percent, "end_percent": end_percent, "min_tokens": min_tokens}
+        schedule: dict[str, Any] = {key: value for key, value in given.items() if value != KEEP}
         if dense_blocks.strip():
             schedule["dense_blocks"] = dense_blocks
         preset = change_preset(base, name, settings, schedule)
@@ -188,6 +188,8 @@ def change_preset(base: Preset | None, name: str, settings: dict[str, Any], sche
     if settings.get("selection", old.get("selection")) != old.get("selection"):
         for key in _OWN_TO_A_MODE:
             old.pop(key, None)
+    if settings.get("order", old.get("order")) != old.get("order"):
+        old.pop("tile", None)
     if settings or schedule:
         old["source"] = f"changed from {base.family} {base.name}" if base else "made in the graph"
     changed = {**old, **settings, "schedule": {**old.get("schedule", {}), **schedule}}
@@ -210,9 +212,10 @@ def save_preset(preset: Preset, overwrite: bool) -> Path:
                 return path
             raise ValueError(f"name: {path} is there already; take another name or set overwrite")
         # Whole or not at all: a full disk must not cost the file that was there.
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-            file.write(text)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            written = Path(folder) / path.name
+            written.write_text(text, encoding="utf-8")
+            os.replace(written, path)
     except OSError as error:
         raise ValueError(f"save: {path} cannot be written ({error.strerror or error})") from error
     return path

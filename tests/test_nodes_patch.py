@@ -356,7 +356,7 @@ def test_a_device_that_psa_is_not_made_for_is_named(comfyui: Path) -> None:
     layout = TokenLayout((1, 4, 4))
     session.begin_model_call(0.5, layout)
     q = torch.empty(1, 2, 16, 64, device="meta")
-    assert session.attend(q, q, q, layout, None) is None
+    assert session.attend(q, q, q, layout, None, 0) is None
     (reason,) = session.finish("finished").dense_calls
     assert "PSA is made for NVIDIA GPUs; on meta only the backend 'reference' works" in reason
 
@@ -415,7 +415,7 @@ def test_the_log_has_one_line_per_run_and_one_per_step_if_asked(model: Any, capl
     lines = [entry.message for entry in caplog.records if entry.name.startswith("psa_pack")]
     assert len(lines) == 5
     assert "step 1: dense, before start_percent 0.5 (sigma 1.0000, 0 sparse and 2 dense calls)" in lines[0]
-    assert "step 4: sparse, density 0." in lines[3]
+    assert "step 4: sparse, density so far 0." in lines[3]
 
 
 def test_the_node_shows_its_status(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

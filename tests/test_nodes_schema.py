@@ -39,6 +39,7 @@ def test_the_nodes_are_there_in_their_categories(nodes: dict[str, Any]) -> None:
     assert {name: schema.category for name, schema in schemas.items()} == {
         "PSAAttentionPatch": "model/patch",
         "PSAPresetLoader": "model/patch",
+        "PSAPreset": "model/patch",
         "PSALoadCogVideoX": "model/loaders",
         "PSALoadCogVideoXLoRA": "model/loaders",
     }
