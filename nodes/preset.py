@@ -31,8 +31,8 @@ class PSAPreset(io.ComfyNode):
             display_name="PSA Preset",
             category="model/patch",
             description=(
-                "Makes a PSA preset, or changes one, for the custom_preset input of PSA Attention Patch. It can be saved "
-                "to the folder psa_presets inside ComfyUI's user folder, where PSA Preset Loader finds it."
+                "Makes a PSA preset, or changes one, for the custom_preset input of PSA Attention Patch. It can be "
+                "saved to the folder psa_presets inside ComfyUI's user folder, where PSA Preset Loader finds it."
             ),
             inputs=[
                 io.String.Input(
@@ -43,7 +43,9 @@ class PSAPreset(io.ComfyNode):
                 PresetSocket.Input(
                     "base",
                     optional=True,
-                    tooltip="The preset to change. Without one, what is not given here takes its default.",
+                    tooltip=(
+                        "The preset to change. Without one, error_weight has to be given and the rest takes defaults."
+                    ),
                 ),
                 io.Combo.Input(
                     "selection",
@@ -51,8 +53,8 @@ class PSAPreset(io.ComfyNode):
                     default=FROM_BASE,
                     optional=True,
                     tooltip=(
-                        "How levels are chosen. error: by the predicted error, best for quality. topk: by the rank of a "
-                        "block's importance. threshold: by the importance that ranks before it."
+                        "How levels are chosen. error: by the predicted error, best for quality. topk: by the rank of "
+                        "a block's importance. threshold: by the importance that ranks before it."
                     ),
                 ),
                 io.Float.Input(
@@ -63,7 +65,9 @@ class PSAPreset(io.ComfyNode):
                     step=0.0001,
                     round=0.000001,
                     optional=True,
-                    tooltip="How much error a saving may cost, for selection error. Larger is faster. -1 takes the base's.",
+                    tooltip=(
+                        "How much error a saving may cost, for selection error. Larger is faster. -1 takes the base's."
+                    ),
                 ),
                 io.String.Input(
                     "levels",
