@@ -74,20 +74,19 @@ def select_by_rank(importance: Tensor, config: PSAConfig) -> Tensor:
     return torch.empty_like(ranked).scatter_(-1, blocks, ranked)
 
 
-def cap_by_similarity(codes: Tensor, k: Tensor, places: Tensor, config: PSAConfig) -> Tensor:
-    """Pool no key block coarser than its keys resemble each other; what is skipped stays skipped.
+def similarity_limits(k: Tensor, places: Tensor, config: PSAConfig) -> Tensor:
+    """The coarsest level at which every key block's keys resemble each other enough.
 
     A block's similarity at a level is the mean over its groups of the cosine of a group's first and last key. The
     coarsest level whose similarity is above its cap is the limit, level 1 if there is none.
 
     Args:
-        codes: Level codes ``[B, H, query blocks, video blocks]``, uint8.
         k: Keys as they came, not centred ``[B, H, N, D]``.
         places: Token at every place of every video block ``[video blocks, key_block]``, int32; -1 where there is none.
         config: ``similarity_caps``.
 
     Returns:
-        Level codes of the same shape.
+        Level codes ``[B, H, video blocks]``, uint8.
 
     Source: the similarity mask of the official PSA code, by whose definition first and last key stand for a group.
     """
@@ -96,8 +95,20 @@ def cap_by_similarity(codes: Tensor, k: Tensor, places: Tensor, config: PSAConfi
     for level, least in config.similarity_caps:
         code = level_code(level, config.key_block)
         limits = torch.where(_group_similarity(k, places, level) > least, code, limits)
-    skip = codes == SKIP_CODE
-    return torch.where(skip, codes, torch.minimum(codes, limits.unsqueeze(2)))
+    return limits
+
+
+def cap_levels(codes: Tensor, limits: Tensor) -> Tensor:
+    """Pool no key block coarser than its limit; what is skipped stays skipped.
+
+    Args:
+        codes: Level codes ``[B, H, query blocks, video blocks]``, uint8.
+        limits: Level codes ``[B, H, video blocks]``, uint8.
+
+    Returns:
+        Level codes of the shape of ``codes``.
+    """
+    return torch.where(codes == SKIP_CODE, codes, torch.minimum(codes, limits.unsqueeze(2)))
 
 
 def _group_similarity(k: Tensor, places: Tensor, group_size: int) -> Tensor:

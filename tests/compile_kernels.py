@@ -34,6 +34,13 @@ from psa_core.backends.triton import configs
 POINTER_TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.uint8: "*u8",
 }  # fmt: skip
+RANKED = PSAConfig(
+    selection="topk",
+    levels=(1, 2, 4, 8, "skip"),
+    ranges=((0, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0)),
+    similarity_caps=((2, 0.7), (4, 0.65), (8, 0.6)),
+)
+RANKED_ONLY = ("_similarity_kernel", "_level_kernel")  # the others are the same as without a ranking
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -121,9 +128,11 @@ def all_cases(sm: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every kernel for both head dims, in half and full precision, on one GPU generation."""
     for head_dim in (64, 128):
         for dtype in (torch.bfloat16, torch.float32):
-            config = PSAConfig(error_weight=0.01)
-            for kernel, args, kwargs in record_launches(head_dim, dtype, config, sm):
+            for kernel, args, kwargs in record_launches(head_dim, dtype, PSAConfig(error_weight=0.01), sm):
                 yield f"{dtype} D{head_dim}", compile_launch(kernel, args, kwargs, sm)
+            for kernel, args, kwargs in record_launches(head_dim, dtype, RANKED, sm):
+                if kernel.__name__ in RANKED_ONLY:
+                    yield f"{dtype} D{head_dim} ranked", compile_launch(kernel, args, kwargs, sm)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ ARROWS = {
 }
 # What the Triton backend shares with the reference: a rank needs a sort, which torch has, and a clamp has one home.
 SHARED_WITH_TRITON = {
-    "levels": {"cap_by_similarity", "select_by_rank"},
+    "levels": {"cap_levels", "select_by_rank"},
     "importance": {"BLOCK_BIAS_CLAMP", "LEVEL_BIAS_CLAMP"},
 }
 CORE_LIBRARIES = {"numpy", "torch", "yaml"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from psa_pack.psa_core import PSAConfig, TokenLayout, psa_attention
 from psa_pack.psa_core.backends import reference
-from psa_pack.psa_core.levels import cap_by_similarity, select_by_error, select_by_rank
+from psa_pack.psa_core.levels import cap_levels, select_by_error, select_by_rank, similarity_limits
 from torch import Tensor
 
 from oracle import (
@@ -196,9 +196,9 @@ def test_every_limit_is_its_own() -> None:
     k[7::8] = k[::8]  # first and last of eight are equal, all others differ
     codes = torch.tensor([[[[0], [1], [2], [3], [255]]]], dtype=torch.uint8)
     places = torch.arange(32, dtype=torch.int32)[None]
-    assert cap_by_similarity(codes, k[None, None], places, config).flatten().tolist() == [0, 1, 2, 3, 255]
+    assert cap_levels(codes, similarity_limits(k[None, None], places, config)).flatten().tolist() == [0, 1, 2, 3, 255]
     apart = torch.eye(32, 64)[None, None]
-    assert cap_by_similarity(codes, apart, places, config).flatten().tolist() == [0, 0, 0, 0, 255]
+    assert cap_levels(codes, similarity_limits(apart, places, config)).flatten().tolist() == [0, 0, 0, 0, 255]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -15,7 +15,7 @@ from ..importance import (
     block_importance,
     logit_variance,
 )
-from ..levels import cap_by_similarity, select_by_error, select_by_rank
+from ..levels import cap_levels, select_by_error, select_by_rank, similarity_limits
 from ..ordering import BlockTable, TokenOrder
 from ..pooling import Pooled, centre_keys, gather_blocks, pool_blocks
 
@@ -107,7 +107,7 @@ def select(prepared: Prepared, importance: Tensor) -> Tensor:
         codes = select_by_rank(mass, prepared.config)
         if prepared.config.similarity_caps is not None:
             places = prepared.order.keys.tokens.view(-1, prepared.order.keys.size)[:video_keys]
-            codes = cap_by_similarity(codes, prepared.k.double(), places, prepared.config)
+            codes = cap_levels(codes, similarity_limits(prepared.k.double(), places, prepared.config))
     everything = torch.zeros(importance.shape, dtype=torch.uint8, device=importance.device)
     everything[:, :, :video_rows, :video_keys] = codes
     return everything

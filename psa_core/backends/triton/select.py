@@ -9,8 +9,21 @@ from torch import Tensor
 
 from ...config import level_code
 from ...importance import LEVEL_BIAS_CLAMP
-from ...levels import cap_by_similarity, select_by_rank
-from .storage import COUNTS, PADDED_ROWS, SIZES, SLOTS, Prepared, Selection, empty, list_pitch, statistics_precision
+from ...levels import cap_levels, select_by_rank
+from .storage import (
+    COUNTS,
+    PADDED_ROWS,
+    SIZES,
+    SLOTS,
+    Prepared,
+    Selection,
+    empty,
+    head_strides,
+    list_pitch,
+    statistics_precision,
+)
+
+NEVER = 2.0  # no cosine is above it
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -65,6 +78,40 @@ def _level_kernel(
     if CHOOSE:
         tl.store(codes_ptr + pair, code.to(tl.uint8), mask=both)
     tl.store(bias_ptr + pair, bias, mask=both)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _similarity_kernel(
+    k_ptr, tokens_ptr, limits_ptr, stride_b, stride_h, stride_n, stride_d, heads, video_keys, least2, least4, least8,
+    KEY_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Find the coarsest level at which one block's groups have alike first and last keys."""
+    block, z = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    k_ptr += (z // heads) * stride_b + (z % heads) * stride_h
+    tokens_ptr += block * KEY_BLOCK
+    limit = tl.zeros([], tl.int32)
+    for log_group in tl.static_range(1, 4):
+        group = tl.arange(0, KEY_BLOCK >> log_group) << log_group
+        first = tl.load(tokens_ptr + group)
+        last = first
+        for place in tl.static_range(1, 1 << log_group):
+            token = tl.load(tokens_ptr + group + place)
+            last = tl.where(token >= 0, token, last)
+        a = _load_keys(k_ptr, first, stride_n, stride_d, HEAD_DIM)
+        b = _load_keys(k_ptr, last, stride_n, stride_d, HEAD_DIM)
+        norms = tl.maximum(tl.sqrt(tl.sum(a * a, axis=1)), 1e-8) * tl.maximum(tl.sqrt(tl.sum(b * b, axis=1)), 1e-8)
+        filled = (first >= 0).to(tl.float32)
+        similarity = tl.sum(filled * tl.sum(a * b, axis=1) / norms, axis=0) / tl.sum(filled, axis=0)
+        least = least2 if log_group == 1 else (least4 if log_group == 2 else least8)
+        limit = tl.where(similarity > least, log_group, limit)
+    tl.store(limits_ptr + z * video_keys + block, limit.to(tl.uint8))
+
+
+@triton.jit
+def _load_keys(k_ptr, token, stride_n, stride_d, HEAD_DIM: tl.constexpr):
+    """Keys of some tokens in fp32; zeros for the token -1."""
+    offsets = token.to(tl.int64)[:, None] * stride_n + tl.arange(0, HEAD_DIM)[None, :] * stride_d
+    return tl.load(k_ptr + offsets, mask=(token >= 0)[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -146,8 +193,7 @@ def select(prepared: Prepared, importance: Tensor) -> Selection:
     rows, keys = prepared.order.queries.video_blocks, prepared.order.keys.video_blocks
     codes = select_by_rank(importance[:, :, :rows, :keys], prepared.config)
     if prepared.config.similarity_caps is not None:
-        places = prepared.order.keys.tokens.view(-1, prepared.order.keys.size)[:keys]
-        codes = cap_by_similarity(codes, prepared.k, places, prepared.config)
+        codes = cap_levels(codes, _run_similarity_kernel(prepared))
     return select_given(prepared, codes)
 
 
@@ -183,6 +229,20 @@ def count(prepared: Prepared, selection: Selection) -> tuple[Tensor, Tensor]:
 def _pair_shape(prepared: Prepared) -> tuple[int, int, int]:
     rows, keys = prepared.order.queries, prepared.order.keys
     return prepared.keys.shape[0], rows.blocks, keys.video_blocks
+
+
+def _run_similarity_kernel(prepared: Prepared) -> Tensor:
+    """The coarsest level that each video key block's keys allow ``[B, H, video blocks]``, uint8."""
+    k, keys = prepared.k, prepared.order.keys
+    limits = empty(k, *k.shape[:2], keys.video_blocks, dtype=torch.uint8)
+    caps = dict(prepared.config.similarity_caps or ())
+    least2, least4, least8 = (float(caps.get(level, NEVER)) for level in (2, 4, 8))
+    if keys.video_blocks:
+        _similarity_kernel[(keys.video_blocks, k.shape[0] * k.shape[1])](
+            k, keys.tokens, limits, *head_strides(k), k.shape[1], keys.video_blocks, least2, least4, least8,
+            KEY_BLOCK=keys.size, HEAD_DIM=k.shape[-1], num_warps=4,
+        )  # fmt: skip
+    return limits
 
 
 def _run_level_kernel(prepared: Prepared, codes: Tensor, importance: Tensor | None) -> Tensor:

@@ -114,9 +114,7 @@ def workspace_bytes_per_head(q: Tensor, order: TokenOrder, config: PSAConfig) ->
     pairs = queries.blocks * (
         pair_pitch(keys.blocks) * (4 + 1 + 4) + list_pitch(keys.video_blocks) * (4 + 4) + 4 * COUNTS
     )
-    # first and last keys of all pairs of tokens, in their own precision and fp32, and the latter's products
-    similarity = 12 * keys.blocks * keys.size * head_dim if config.similarity_caps else 0
-    return pyramid + statistics + sums + pairs + similarity
+    return pyramid + statistics + sums + pairs
 
 
 def pair_pitch(key_blocks: int) -> int:
