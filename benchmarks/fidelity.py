@@ -5,7 +5,9 @@
 
 At every noise level each choice is set to the same density, so that errors can be compared. Writes
 ``fidelity-<tokens>-<device>.json``:
-``{device, versions, commit, grid, records: [{noise, choice, error_weight, density, rel_l2, worst_head}]}``.
+``{device, versions, commit, grid, heads, records}`` with records of
+``{noise, choice, error_weight, density, rel_l2, worst_head, first_frame}``, of which the last is the error of the first
+latent frame alone.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from psa_core.bench import config_of_density  # noqa: E402
 
 NOISES = (0.9, 0.6, 0.3)
 BASE = PSAConfig(error_weight=0.01)
+FIRST_FRAME_EXACT = "first latent frame exact"
 CHOICES: dict[str, PSAConfig] = {
     "default": BASE,
     "order tile 4x4x4": replace(BASE, order="tile"),
@@ -40,6 +43,7 @@ CHOICES: dict[str, PSAConfig] = {
     "importance from every row": replace(BASE, importance_stride=1),
     "without the second-order term": replace(BASE, variance_term=False),
     "levels 1 and block": replace(BASE, levels=(1, "block")),
+    FIRST_FRAME_EXACT: BASE,
 }
 TOPK = PSAConfig(
     selection="topk",
@@ -61,10 +65,11 @@ def main() -> None:
             [scaled_dot_product_attention(*(x[:, h : h + 1].float() for x in (q, k, v))) for h in range(q.shape[1])],
             dim=1,
         )
-        layout = TokenLayout(grid)
-        for name, config in list_choices(layout, q, k, v, args.density).items():
-            out, density = attend(layout, config, q, k, v)
-            apart = (out.float() - exact).norm(dim=(2, 3))
+        first_frame = slice(0, grid[1] * grid[2])
+        for name, config in list_choices(grid, q, k, v, args.density).items():
+            out, density = attend(layout_for(name, grid), config, q, k, v)
+            difference = out.float() - exact
+            apart = difference.norm(dim=(2, 3))
             record = {
                 "noise": noise,
                 "choice": name,
@@ -72,22 +77,28 @@ def main() -> None:
                 "density": density,
                 "rel_l2": float(apart.norm() / exact.norm()),
                 "worst_head": float((apart / exact.norm(dim=(2, 3))).max()),
+                "first_frame": float(difference[:, :, first_frame].norm() / exact[:, :, first_frame].norm()),
             }
             records.append(record)
             print(f"noise {noise}  {name:<30} density {density:.3f}  error {record['rel_l2']:.4f}", flush=True)
     machine = describe_machine(args.commit) | {"grid": grid, "heads": q.shape[1], "records": records}
     args.out.mkdir(parents=True, exist_ok=True)
-    name = f"fidelity-{layout.tokens}-{machine['device'].lower().replace(' ', '-')}.json"
+    name = f"fidelity-{q.shape[2]}-{machine['device'].lower().replace(' ', '-')}.json"
     (args.out / name).write_text(json.dumps(machine, indent=1) + "\n")
 
 
-def list_choices(layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, density: float) -> dict[str, PSAConfig]:
+def layout_for(choice: str, grid: tuple[int, int, int]) -> TokenLayout:
+    """The video's tokens, all of them free or those of the first latent frame exact."""
+    return TokenLayout(grid, exact_spans=((0, grid[1] * grid[2]),) if choice == FIRST_FRAME_EXACT else ())
+
+
+def list_choices(grid: tuple[int, int, int], q: Tensor, k: Tensor, v: Tensor, density: float) -> dict[str, PSAConfig]:
     """Every choice at the common density, the official kind of top-k, and the default at fixed error weights."""
     choices = {}
     for name, config in CHOICES.items():
         found = config_of_density(
-            lambda weighted, config=config: attend(
-                layout, replace(config, error_weight=weighted.error_weight), q, k, v
+            lambda weighted, name=name, config=config: attend(
+                layout_for(name, grid), replace(config, error_weight=weighted.error_weight), q, k, v
             )[1],
             density,
         )
