@@ -11,13 +11,12 @@ are results of it. A method's line joins what none of its other settings beats i
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ import matplotlib
 from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +45,6 @@ TITLES = {
     "cogvideox_5b": "CogVideoX 5B\n720x480, 49 frames",
 }
 MAIN_INPUTS = ("learned 0.6", "structured")  # a case's panel shows the first of these that was measured
-MAIN_PRESETS = ("quality", "balanced", "fast")
 FIXED_DENSITY = "density 0.15"
 DENSE = ("cudnn", "flash")
 
@@ -178,45 +176,46 @@ def pareto_front(records: Iterable[Record]) -> list[Record]:
 
 
 def draw_pareto(panels: dict[str, list[Record]], theme: Theme) -> Figure:
-    """Error against time."""
+    """Error against time; the key takes the place of a panel where one is free."""
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(3.3 * columns, 2.9 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
     for index, (axis, (title, records)) in enumerate(zip(axes, panels.items(), strict=False)):
         dress(axis, theme, title)
         axis.set(xscale="log", yscale="log")
         if index % columns == 0:
             axis.set_ylabel("relative L2 error", color=theme.text)
-        if index + columns >= len(panels):
-            axis.set_xlabel("milliseconds", color=theme.text)
+        axis.set_xlabel("milliseconds", color=theme.text)
         numbers(axis.xaxis, "{:g}".format)
         numbers(axis.yaxis, lambda error: f"{error:.2g}")
-        axis.margins(0.2, 0.16)
-        labels = [label for method, mine in grouped(records, "method").items() for label in _plot(axis, *method, mine)]
-        figure.draw_without_rendering()  # places of labels depend on the panel's final size
-        x, y = points_on(axis.lines)
-        adjust_text(labels, x, y, ax=axis, expand=(1.1, 1.3), arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.5})
-        for label in labels:
-            label.set_path_effects([withStroke(linewidth=2, foreground=theme.page)])
-    for axis in list(figure.axes)[len(panels) :]:
-        axis.remove()
+        axis.margins(0.1, 0.1)
+        for (method,), mine in grouped(records, "method").items():
+            _plot(axis, method, mine, theme)
+    methods = {record["method"] for records in panels.values() for record in records}
+    key = [_mark(style) for method, style in STYLES.items() if method in methods]
+    key += [_ring(theme), _mark(replace(STYLES["psa"], label="what another of its settings beats"), alpha=0.4)]
+    free = axes[len(panels) :]
+    for axis in free:
+        axis.set_axis_off()
+    where = {"loc": "center left"} if free else {"loc": "outside lower center", "ncols": 4}
+    (free[0] if free else figure).legend(handles=key, frameon=False, labelcolor=theme.text, fontsize=8.5, **where)
     return figure
 
 
-def points_on(lines: Iterable[Any]) -> tuple[list[float], list[float]]:
-    """Points along lines on logarithmic axes, for labels to keep away from."""
-    found: list[tuple[float, float]] = []
-    for line in lines:
-        ends = list(zip(*line.get_data(), strict=True))
-        found += ends
-        for (x0, y0), (x1, y1) in itertools.pairwise(ends):
-            found += [(x0 ** (1 - t) * x1**t, y0 ** (1 - t) * y1**t) for t in (0.2, 0.4, 0.6, 0.8)]
-    return [x for x, _ in found], [y for _, y in found]
+def _mark(style: Style, alpha: float = 1.0) -> Line2D:
+    look = {"color": style.colour, "marker": style.marker, "markersize": 5, "markeredgewidth": 0, "alpha": alpha}
+    return Line2D([], [], linestyle="-" if alpha == 1 else "none", label=style.label, **look)
 
 
-def _plot(axis: Axes, method: str, records: list[Record]) -> list[Any]:
-    """Points and front of one method; returns its labels."""
+def _ring(theme: Theme) -> Line2D:
+    """What marks the preset that the node starts with."""
+    look = {"marker": "o", "markersize": 9, "markerfacecolor": "none", "markeredgecolor": theme.text}
+    return Line2D([], [], linestyle="none", label="PSA, preset balanced", **look)
+
+
+def _plot(axis: Axes, method: str, records: list[Record], theme: Theme) -> None:
+    """Points and front of one method; paler what another of its settings beats."""
     style = STYLES.get(method, Style(method, GREY, "."))
     front = pareto_front(records)
     for record in records:
@@ -224,20 +223,14 @@ def _plot(axis: Axes, method: str, records: list[Record]) -> list[Any]:
             record["ms"], record["rel_l2"], style.marker, color=style.colour, markersize=5 if method == "psa" else 4.5,
             markeredgewidth=0, alpha=1.0 if record in front else 0.4, zorder=3,
         )  # fmt: skip
+        if (method, record["preset"]) == ("psa", "balanced"):
+            ring = _ring(theme)
+            ring.set_data([record["ms"]], [record["rel_l2"]])
+            axis.add_line(ring)
     axis.plot(
         [record["ms"] for record in front], [record["rel_l2"] for record in front],
         color=style.colour, linewidth=2.2 if method == "psa" else 1.3, zorder=2,
     )  # fmt: skip
-
-    def label(record: Record, text: str, weight: str = "bold") -> Any:
-        size = 7.5 if weight == "bold" else 6.8
-        return axis.text(record["ms"], record["rel_l2"], text, color=style.colour, fontsize=size, weight=weight)
-
-    named = [record for record in records if method == "psa" and record["preset"] in MAIN_PRESETS]
-    return [
-        label(front[len(front) // 2], style.label),
-        *(label(record, record["preset"], "normal") for record in named),
-    ]
 
 
 def draw_tokens(records: list[Record], theme: Theme) -> Figure:
