@@ -17,7 +17,7 @@ from ..psa_core import PSAConfig
 from ..psa_core.backends import BACKENDS
 from ..psa_core.presets import Preset
 from ..psa_core.schedule import BlockList, Schedule
-from .override import OVERRIDE_KEY, AttentionOverride, name_arguments, replaced
+from .override import OVERRIDE_KEY, AttentionOverride, Options, name_arguments, replaced
 from .preset_loader import PresetSocket, load_preset
 from .session import PatchSettings, RunRecord, Session
 from .video_models import UnsupportedModel, identify, read_sequence, read_sigma
@@ -72,22 +72,31 @@ class AttentionPatch:
     @torch.compiler.disable(recursive=False)
     def around_model_call(self, executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
         """Install the attention override for one call of the diffusion model."""
-        arguments = name_arguments(executor.original, args, kwargs)
-        options = arguments.get("transformer_options") or {}
-        session: Session | None = options.get(_KEY)
-        if session is None:  # not called by a sampler
+        options, entries = _begin_model_call(executor, args, kwargs)
+        with replaced(options, entries):
             return executor(*args, **kwargs)
-        try:
-            sequence = read_sequence(executor.class_obj, arguments)
-            sigma = read_sigma(options)
-        except UnsupportedModel as error:
-            session.refuse_model(str(error))
-            return executor(*args, **kwargs)
-        session.begin_model_call(sigma, sequence.layout)
-        override = AttentionOverride(session, sequence, options.get(OVERRIDE_KEY))
-        blocks = len(executor.class_obj.blocks) if session.settings.dense_blocks else 0
-        with replaced(options, override.entries(options, track_blocks=blocks)):
-            return executor(*args, **kwargs)
+
+
+@torch.compiler.disable
+def _begin_model_call(
+    executor: WrapperExecutor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Options, Options]:
+    """The options of a model call and what to replace in them; nothing where PSA cannot tell what the call is."""
+    arguments = name_arguments(executor.original, args, kwargs)
+    options = arguments.get("transformer_options") or {}
+    session: Session | None = options.get(_KEY)
+    if session is None:  # not called by a sampler
+        return options, {}
+    try:
+        sequence = read_sequence(executor.class_obj, arguments)
+        sigma = read_sigma(options)
+    except UnsupportedModel as error:
+        session.refuse_model(str(error))
+        return options, {}
+    session.begin_model_call(sigma, sequence.layout)
+    override = AttentionOverride(session, sequence, options.get(OVERRIDE_KEY))
+    blocks = len(executor.class_obj.blocks) if session.settings.dense_blocks else 0
+    return options, override.entries(options, track_blocks=blocks)
 
 
 def detach(model: ModelPatcher) -> None:
