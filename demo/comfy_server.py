@@ -262,7 +262,7 @@ class ComfyServer:
         for folder in self._custom_nodes:
             _link_or_copy(folder, nodes / folder.name)
         for kind, files in self._models.items():
-            (self.base / "models" / kind).mkdir()
+            (self.base / "models" / kind).mkdir(parents=True, exist_ok=True)
             for file in files:
                 shutil.copy(file, self.base / "models" / kind / file.name)
 

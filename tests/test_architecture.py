@@ -158,6 +158,10 @@ def test_links_of_a_workflow_agree_with_its_nodes(path: Path) -> None:
     assert set(ends.values()) == {1}
 
 
+MODEL_FILES = (".safetensors", ".safetensors.index.json")
+MODEL_FOLDERS = {"clip_vision", "diffusion_models", "loras", "text_encoders", "vae"}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "workflows").glob("*.json")), ids=lambda path: path.name)
 def test_a_bundled_workflow_says_where_nodes_and_models_come_from(path: Path) -> None:
     nodes: list[dict[str, Any]] = json.loads(path.read_text())["nodes"]
@@ -170,12 +174,15 @@ def test_a_bundled_workflow_says_where_nodes_and_models_come_from(path: Path) ->
         assert node["properties"]["cnr_id"] == ("psa-attention" if own else "comfy-core")
         assert re.fullmatch(r"\d+\.\d+\.\d+", node["properties"]["ver"])
         assert not own or node["properties"]["ver"] == version[1]
-        files = [value for value in node.get("widgets_values", []) if str(value).endswith(".safetensors")]
+        files = [value for value in node.get("widgets_values", []) if str(value).endswith(MODEL_FILES)]
         models = node["properties"].get("models", [])
-        assert [model["name"] for model in models] == files
+        listed = {f"{model['directory']}/{model['name']}".partition("/")[2] for model in models}
+        assert set(files) <= listed
+        assert bool(files) == bool(models)
         for model in models:
             assert model["url"].startswith("https://huggingface.co/")
-            assert model["url"].endswith(f"/{model['directory']}/{model['name']}")
+            assert model["url"].endswith(f"/{model['name']}")
+            assert model["directory"].partition("/")[0] in MODEL_FOLDERS
     assert path.with_suffix(".jpg").is_file()
 
 

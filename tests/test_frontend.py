@@ -61,6 +61,7 @@ def test_the_template_browser_opens_the_workflow_with_no_node_missing(frontend: 
     frontend.open_templates()
     entry = frontend.page.get_by_text(TEMPLATE, exact=True).first
     entry.wait_for()
+    entry.scroll_into_view_if_needed()  # pictures below the fold are not loaded
     thumbnail = frontend.page.get_by_alt_text(TEMPLATE).first
     thumbnail.wait_for()
     assert thumbnail.evaluate("async (image) => { await image.decode(); return image.naturalWidth }") == 256
@@ -95,6 +96,49 @@ def test_a_bundled_workflow_asks_for_what_its_note_says(
     assert prompt["ModelSamplingSD3"]["shift"] == 5
     assert prompt["PSAAttentionPatch"].items() >= {"preset": "balanced", "error_weight": -1, "min_tokens": -1}.items()
     assert prompt["CreateVideo"]["fps"] == fps
+
+
+EXPERTS = ((1280, 768, 69), 16)
+COMPLEX = {
+    "psa_wan2.1_i2v_14b": ((1280, 720, 69), 16, 50, [5], [5]),
+    "psa_wan2.2_a14b_t2v": (*EXPERTS, 40, [4, 3], [12, 12]),
+    "psa_wan2.2_a14b_i2v": (*EXPERTS, 40, [4, 3], [5, 5]),
+    "psa_wan2.2_a14b_t2v_4steps": (*EXPERTS, 4, [1, 1], [5, 5]),
+    "psa_wan2.2_a14b_i2v_4steps": (*EXPERTS, 4, [1, 1], [5, 5]),
+    "psa_cogvideox_5b": ((720, 480, 49), 8, 50, [6], []),
+    "psa_cogvideox1.5_5b": ((1360, 768, 81), 8, 50, [6], []),
+    "psa_cogvideox_5b_4steps": ((720, 480, 49), 8, 4, [1], []),
+}
+
+
+@pytest.mark.parametrize("name", COMPLEX)
+def test_a_generated_workflow_runs_the_model_as_officially(frontend: Any, name: str) -> None:
+    size, fps, steps, cfgs, shifts = COMPLEX[name]
+    frontend.load(json.loads((ROOT / f"workflows/{name}.json").read_text()))
+    assert frontend.missing_types() == []
+    nodes = frontend.prompt()
+
+    def inputs(*kinds: str) -> list[dict[str, Any]]:
+        return [node["inputs"] for node in nodes.values() if node["class_type"] in kinds]
+
+    (latent,) = inputs("EmptyHunyuanLatentVideo", "WanImageToVideo")
+    assert (latent["width"], latent["height"], latent["length"]) == size
+    assert [video["fps"] for video in inputs("CreateVideo")] == [fps]
+    samplers = inputs("KSampler", "KSamplerAdvanced")
+    assert [(sampler["steps"], sampler["cfg"]) for sampler in samplers] == [(steps, cfg) for cfg in cfgs]
+    assert [sampling["shift"] for sampling in inputs("ModelSamplingSD3")] == shifts
+    # Every sampler runs a patched model of its own; two of them split one schedule where the noise is handed over.
+    assert {nodes[sampler["model"][0]]["class_type"] for sampler in samplers} == {"PSAAttentionPatch"}
+    assert len({sampler["model"][0] for sampler in samplers}) == len(samplers)
+    if len(samplers) == 2:
+        high, low = samplers
+        assert (high["start_at_step"], high["end_at_step"]) == (0, low["start_at_step"])
+        assert (high["add_noise"], high["return_with_leftover_noise"]) == ("enable", "enable")
+        assert (low["add_noise"], low["return_with_leftover_noise"]) == ("disable", "disable")
+        assert nodes[low["latent_image"][0]]["inputs"] == high
+    assert name.endswith("4steps") == any(
+        loader["preset"].endswith("/four_steps") for loader in inputs("PSAPresetLoader")
+    )
 
 
 def test_the_demo_runs_from_the_frontend_and_the_node_says_what_it_did(demo: Any) -> None:
