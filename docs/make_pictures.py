@@ -1,8 +1,8 @@
-"""Make the README's pictures and figures, and the workflow's thumbnail, from what `make demo` has written.
+"""Make the README's pictures and figures from what `make demo` has written.
 
     make pictures
 
-Writes compare.webp, contact_sheet.webp and demo_results.json beside this file, and workflows/*.jpg.
+Writes compare.webp, contact_sheet.webp and demo_results.json beside this file.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from pathlib import Path
 
 from PIL import Image, ImageSequence
 
-from run import LABEL_HEIGHT, label_bar
+from run import label_bar
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "demo/out"
-WORKFLOWS = HERE.parent / "workflows"
 
 
 def main() -> None:
@@ -34,9 +33,6 @@ def main() -> None:
     with Image.open(OUT / "contact_sheet.png") as sheet:
         smaller = sheet.resize((sheet.width * 2 // 3, sheet.height * 2 // 3), Image.Resampling.LANCZOS)
         smaller.save(HERE / "contact_sheet.webp", quality=80, method=6)
-    thumbnail = thumbnail_of(frames[len(frames) // 2])
-    for workflow in sorted(WORKFLOWS.glob("*.json")):
-        thumbnail.save(workflow.with_suffix(".jpg"), quality=88)
     print(f"{results['psnr_db']} dB on ComfyUI {results['comfyui_version']}, backend {results['backend']}")
 
 
@@ -46,13 +42,6 @@ def without_times(pair: Image.Image) -> Image.Image:
     for column, label in enumerate(("dense", "PSA")):
         relabelled.paste(Image.fromarray(label_bar(label, width)), (column * width, 0))
     return relabelled
-
-
-def thumbnail_of(pair: Image.Image) -> Image.Image:
-    """A square of PSA's picture out of a side-by-side one."""
-    side, width = pair.height - LABEL_HEIGHT, pair.width // 2
-    left = width + (width - side) // 2
-    return pair.crop((left, LABEL_HEIGHT, left + side, pair.height))
 
 
 if __name__ == "__main__":

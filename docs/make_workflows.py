@@ -3,7 +3,7 @@
     PYTHONPATH=demo python docs/make_workflows.py
 
 Inputs and outputs of every node come from a running ComfyUI (COMFYUI_PATH); what follows here is only what differs
-from its defaults. Thumbnails are those of `make pictures`.
+from its defaults. Thumbnails of all workflows show the demo's video, each with the name of its model.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import uuid
 from pathlib import Path
 from typing import Any
 
+from PIL import Image, ImageDraw, ImageFont
+
 from comfy_server import ComfyServer
+from run import LABEL_HEIGHT
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = ROOT / "workflows"
@@ -42,6 +44,22 @@ INTRODUCTION = (
     "bypass the node (Ctrl+B) to compare. It shows what it did below its settings."
 )
 Output = tuple[int, int]
+
+# What a thumbnail says: the model, and what the workflow does with it.
+THUMBNAILS = {
+    "psa_wan2.1_t2v_1.3b": ("Wan 2.1 1.3B", "text to video"),
+    "psa_wan2.1_t2v_14b": ("Wan 2.1 14B", "text to video"),
+    "psa_wan2.1_i2v_14b": ("Wan 2.1 14B", "image to video"),
+    "psa_wan2.2_ti2v_5b": ("Wan 2.2 5B", "text to video"),
+    "psa_wan2.2_a14b_t2v": ("Wan 2.2 A14B", "text to video"),
+    "psa_wan2.2_a14b_t2v_4steps": ("Wan 2.2 A14B", "text to video, 4 steps"),
+    "psa_wan2.2_a14b_i2v": ("Wan 2.2 A14B", "image to video"),
+    "psa_wan2.2_a14b_i2v_4steps": ("Wan 2.2 A14B", "image to video, 4 steps"),
+    "psa_cogvideox_5b": ("CogVideoX 5B", "text to video"),
+    "psa_cogvideox_5b_4steps": ("CogVideoX 5B", "text to video, 4 steps"),
+    "psa_cogvideox1.5_5b": ("CogVideoX 1.5 5B", "text to video"),
+}
+THUMBNAIL_SIDE = 256
 
 
 class Graph:
@@ -141,7 +159,6 @@ class Graph:
             "version": 0.4,
         }
         (WORKFLOWS / f"{name}.json").write_text(json.dumps(workflow, indent=2, ensure_ascii=False) + "\n")
-        shutil.copy(WORKFLOWS / "psa_wan2.1_t2v_1.3b.jpg", WORKFLOWS / f"{name}.jpg")
 
 
 def upload(entry: dict[str, Any]) -> dict[str, Any]:
@@ -201,16 +218,16 @@ def wan21_i2v(info: dict[str, Any]) -> None:
     )
     seen = graph.add("CLIPVisionEncode", (380, 980), (300, 78), clip_vision=vision, image=image, crop="none")
     latent = graph.add(
-        "WanImageToVideo", (720, 460), (340, 210), positive=positive, negative=negative, vae=vae, clip_vision_output=seen,
-        start_image=image, width=1280, height=720, length=69,
+        "WanImageToVideo", (720, 460), (340, 210), positive=positive, negative=negative, vae=vae,
+        clip_vision_output=seen, start_image=image, width=1280, height=720, length=69,
     )  # fmt: skip
     samples = graph.add(
         "KSampler", (1100, 60), (320, 262), model=model, positive=latent, negative=(latent[0], 1),
         latent_image=(latent[0], 2), seed=0, steps=50, cfg=5, sampler_name="uni_pc", scheduler="simple",
     )  # fmt: skip
     numbers = (
-        "1280 × 720, 69 frames at 16 per second, 50 steps, cfg 5 and shift 5 are the settings at which the official PSA "
-        "code runs Wan 2.1."
+        "1280 x 720, 69 frames at 16 per second, 50 steps, cfg 5 and shift 5 are the settings at which the official "
+        "PSA code runs Wan 2.1."
     )
     finish(graph, "psa_wan2.1_i2v_14b", samples, vae, 16, "Wan 2.1 image to video, 14B", numbers)
 
@@ -244,7 +261,8 @@ def wan22_a14b(info: dict[str, Any], task: str, four_steps: bool) -> None:
     if task == "i2v":
         image = graph.add("LoadImage", (0, 1020), (340, 314), image="example.png")
         latent = graph.add(
-            "WanImageToVideo", (720, 860), (340, 210), positive=positive, negative=negative, vae=vae, start_image=image, **size
+            "WanImageToVideo", (720, 860), (340, 210), positive=positive, negative=negative, vae=vae, start_image=image,
+            **size,
         )  # fmt: skip
         positive, negative, latent = latent, (latent[0], 1), (latent[0], 2)
     else:
@@ -261,13 +279,13 @@ def wan22_a14b(info: dict[str, Any], task: str, four_steps: bool) -> None:
         add_noise="disable", noise_seed=0, cfg=1 if four_steps else 3, start_at_step=split, end_at_step=10000,
         return_with_leftover_noise="disable",
     )  # fmt: skip
-    official = "1280 × 768 and 69 frames are the size at which the official PSA code runs this model"
+    official = "1280 x 768 and 69 frames are the size at which the official PSA code runs this model"
     rest = (
-        "; 4 steps, two for each expert, cfg 1 and shift 5 are those of the LoRAs. The preset `four_steps` is sparse from the "
-        "first step."
+        "; 4 steps, two for each expert, cfg 1 and shift 5 are those of the LoRAs. The preset `four_steps` is sparse "
+        "from the first step."
         if four_steps
-        else f", as are 40 steps, cfg 4 for high and 3 for low noise. Shift {shift} and the change of experts after step "
-        f"{split} (noise {0.875 if task == 't2v' else 0.9}) are those of Wan's own code."
+        else f", as are 40 steps, cfg 4 for high and 3 for low noise. Shift {shift} and the change of experts after "
+        f"step {split} (noise {0.875 if task == 't2v' else 0.9}) are those of Wan's own code."
     )
     name = f"psa_wan2.2_a14b_{task}{'_4steps' if four_steps else ''}"
     title = f"Wan 2.2 {'text' if task == 't2v' else 'image'} to video, A14B{', four steps' if four_steps else ''}"
@@ -302,18 +320,37 @@ def cogvideox(info: dict[str, Any], version: str, size: tuple[int, int, int], fo
     latent = graph.add("EmptyHunyuanLatentVideo", (720, 460), (340, 130), width=width, height=height, length=length)
     steps, cfg = (4, 1) if four_steps else (50, 6)
     samples = graph.add(
-        "KSampler", (1100, 60), (320, 262), model=model, positive=positive, negative=negative, latent_image=latent, seed=0,
-        steps=steps, cfg=cfg, sampler_name="euler", scheduler="simple",
+        "KSampler", (1100, 60), (320, 262), model=model, positive=positive, negative=negative, latent_image=latent,
+        seed=0, steps=steps, cfg=cfg, sampler_name="euler", scheduler="simple",
     )  # fmt: skip
     vae = load_vae(graph, f"{base}/vae/diffusion_pytorch_model.safetensors")
     numbers = (
-        f"{width} × {height}, {length} frames at 8 per second, {steps} steps and cfg {cfg} are the settings at which the "
-        "official PSA code runs this model. It needs a ComfyUI with CogVideoX of its own (0.33 or newer). Put the files of "
-        f"the transformer together into `models/diffusion_models/{folder}`."
+        f"{width} x {height}, {length} frames at 8 per second, {steps} steps and cfg {cfg} are the settings at which "
+        "the official PSA code runs this model. It needs a ComfyUI with CogVideoX of its own (0.33 or newer). Put the "
+        f"files of the transformer together into `models/diffusion_models/{folder}`."
     )
     name = f"psa_{folder.replace('-', '_')}_t2v".replace("_5b_t2v", "_5b_4steps" if four_steps else "_5b")
     title = f"CogVideo{version} text to video{', four steps' if four_steps else ''}"
     finish(graph, name, samples, vae, 8, title, numbers)
+
+
+def draw_thumbnails() -> None:
+    """Draw every workflow's thumbnail: a frame of the demo's video as PSA renders it, and the model's name."""
+    with Image.open(ROOT / "docs/compare.webp") as video:
+        for index, (name, (model, task)) in enumerate(THUMBNAILS.items()):
+            video.seek(index * (video.n_frames - 1) // (len(THUMBNAILS) - 1))
+            frame = video.convert("RGB")
+            side = frame.height - LABEL_HEIGHT
+            left = (3 * frame.width // 2 - side) // 2  # PSA's picture is the right half
+            picture = frame.crop((left, LABEL_HEIGHT, left + side, frame.height))
+            picture = picture.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS).convert("RGBA")
+            shade = Image.new("RGBA", picture.size)
+            ImageDraw.Draw(shade).rectangle((0, 186, THUMBNAIL_SIDE, THUMBNAIL_SIDE), fill=(0, 0, 0, 170))
+            picture = Image.alpha_composite(picture, shade).convert("RGB")
+            draw = ImageDraw.Draw(picture)
+            draw.text((14, 208), model, "white", ImageFont.load_default(size=26), anchor="lm")
+            draw.text((14, 237), task, "#ddd", ImageFont.load_default(size=17), anchor="lm")
+            picture.save(WORKFLOWS / f"{name}.jpg", quality=88)
 
 
 def main() -> None:
@@ -327,6 +364,7 @@ def main() -> None:
     cogvideox(info, "X-5b", (720, 480, 49))
     cogvideox(info, "X1.5-5B", (1360, 768, 81))
     cogvideox(info, "X-5b", (720, 480, 49), four_steps=True)
+    draw_thumbnails()
 
 
 if __name__ == "__main__":

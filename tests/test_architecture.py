@@ -186,6 +186,11 @@ def test_a_bundled_workflow_says_where_nodes_and_models_come_from(path: Path) ->
     assert path.with_suffix(".jpg").is_file()
 
 
+def test_no_two_workflows_share_a_thumbnail() -> None:
+    thumbnails = [path.read_bytes() for path in sorted((ROOT / "workflows").glob("*.jpg"))]
+    assert len(set(thumbnails)) == len(thumbnails)
+
+
 @pytest.mark.parametrize("command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]])
 def test_the_code_is_clean(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=600)
