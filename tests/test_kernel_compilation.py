@@ -16,8 +16,11 @@ SHARED_MEMORY_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 KERNELS_PER_CALL = 9 + 2  # the pyramid kernel runs for keys and for values; two differ where levels go by rank
 CASES = 4  # two head dims, two dtypes
 SPILLED_BYTES = 16  # at most, of a thread: a few words that are kept outside of every loop
-# Measured: settings that keep all in registers take a third longer (benchmarks/results/kernel-settings-*.json).
-FASTER_WITH_SPILLS = {(90, "torch.bfloat16 D128", "_attend_kernel"): 320}
+# Measured: settings that keep all in registers take longer (benchmarks/results/kernel-settings-*.json).
+FASTER_WITH_SPILLS = {
+    (90, "torch.bfloat16 D128", "_attend_kernel"): 320,
+    (90, "torch.bfloat16 D64", "_attend_kernel"): 200,
+}
 
 
 @pytest.mark.timeout(900)

@@ -20,6 +20,7 @@ from .storage import COUNTS, PADDED_ROWS, SIZES, SLOTS, Prepared, Selection, hea
 # the row's true maximum, which its sum of weights shows, the query block is done again with the online softmax.
 LEAST_SUM = tl.constexpr(2.0**-4)
 GREATEST_SUM = tl.constexpr(2.0**64)
+FEW_BLOCKS = tl.constexpr(4)
 
 
 @triton.jit
@@ -51,6 +52,59 @@ def _end_of_list(count, log_groups, PADDED_ROWS: tl.constexpr):
     """Places of a level's list that has count blocks of ``2^log_groups`` rows, with what fills up its last tile."""
     per_tile = tl.maximum(PADDED_ROWS >> log_groups, 1)
     return (count + per_tile - 1) // per_tile * per_tile
+
+
+@triton.jit
+def _read_few(pointer, PER_TILE: tl.constexpr):
+    """Up to four neighbouring entries; the last of them stands for those beyond."""
+    a = tl.load(pointer)
+    b = tl.load(pointer + 1) if PER_TILE >= 2 else a
+    c = tl.load(pointer + 2) if PER_TILE >= 4 else b
+    d = tl.load(pointer + 3) if PER_TILE >= 4 else c
+    return a, b, c, d
+
+
+@triton.jit
+def _spread_few(a, b, c, d, offs_n, GROUPS: tl.constexpr, PER_TILE: tl.constexpr):
+    """Entries of up to four blocks, over the rows ``[BLOCK_N]`` of a tile that the blocks' groups fill."""
+    if PER_TILE == 2:
+        spread = tl.where(offs_n < GROUPS, a, b)
+    else:
+        first, second = tl.where(offs_n < GROUPS, a, b), tl.where(offs_n < 3 * GROUPS, c, d)
+        spread = tl.where(offs_n < 2 * GROUPS, first, second)
+    return spread
+
+
+@triton.jit
+def _attend_to_few(
+    acc, l_i, m_i, q, keys_ptr, values_ptr, indices_ptr, bias_ptr, count, first_row, qk_scale,
+    GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attend to the list of a level of which one, two or four blocks fill a tile, or one block fills several."""
+    PER_TILE: tl.constexpr = BLOCK_N // GROUPS if BLOCK_N > GROUPS else 1
+    PARTS: tl.constexpr = GROUPS // BLOCK_N if GROUPS > BLOCK_N else 1
+    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, HEAD_DIM)
+    in_tile = (offs_n % GROUPS)[:, None] * HEAD_DIM + offs_d[None, :]
+    no_bias = tl.zeros([BLOCK_N], tl.float32)
+    tiles = (count + PER_TILE - 1) // PER_TILE * PARTS
+    i0, i1, i2, i3 = _read_few(indices_ptr, PER_TILE)
+    b0, b1, b2, b3 = _read_few(bias_ptr, PER_TILE)
+    for t in tl.range(0, tiles):
+        if PER_TILE == 1:
+            row, bias = i0 * GROUPS + t % PARTS * BLOCK_N, no_bias
+            offsets = (first_row + row).to(tl.int64) * HEAD_DIM + in_tile
+            shifted = m_i - b0
+        else:
+            row = _spread_few(i0, i1, i2, i3, offs_n, GROUPS, PER_TILE) * GROUPS
+            bias = _spread_few(b0, b1, b2, b3, offs_n, GROUPS, PER_TILE)
+            offsets = (first_row + row).to(tl.int64)[:, None] * HEAD_DIM + in_tile
+            shifted = m_i
+        entry = (t + 1) // PARTS * PER_TILE
+        i0, i1, i2, i3 = _read_few(indices_ptr + entry, PER_TILE)
+        b0, b1, b2, b3 = _read_few(bias_ptr + entry, PER_TILE)
+        k, v = tl.load(keys_ptr + offsets), tl.load(values_ptr + offsets)
+        acc, l_i, shifted = _attend_tile(acc, l_i, shifted, q, k, v, bias, qk_scale, PER_TILE > 1, False, PRECISION)
+    return acc, l_i
 
 
 @triton.jit
@@ -92,27 +146,19 @@ def _attend_to_lists(
             acc, l_i, m_i = _attend_tile(acc, l_i, m_i, q, k, v, no_bias, qk_scale, False, ONLINE, PRECISION)
         begin = _end_of_list(count, LOG_BLOCK, PADDED_ROWS)
 
-    if KEY_BLOCK >= 2 * BLOCK_N and not ONLINE:
-        # Level 2: the groups of one block fill one tile or several, which therefore have one bias.
-        PER_HALF: tl.constexpr = KEY_BLOCK // (2 * BLOCK_N)
-        count = tl.load(counts_ptr + 1)
-        first_slot = 2
-        in_half = offs_n[:, None] * HEAD_DIM + offs_d[None, :]
-        tiles = count * PER_HALF
-        upcoming = tl.load(indices_ptr + begin, mask=tiles > 0, other=0)
-        upcoming_bias = tl.load(bias_ptr + begin, mask=tiles > 0, other=0.0)
-        for t in tl.range(0, tiles):
-            row = first_row_2 + upcoming * (KEY_BLOCK // 2) + t % PER_HALF * BLOCK_N
-            shifted = m_i - upcoming_bias
-            entry = begin + tl.minimum(t + 1, tiles - 1) // PER_HALF
-            upcoming = tl.load(indices_ptr + entry)
-            upcoming_bias = tl.load(bias_ptr + entry)
-            offset = row.to(tl.int64) * HEAD_DIM
-            k, v = tl.load(keys_ptr + offset + in_half), tl.load(values_ptr + offset + in_half)
-            acc, l_i, shifted = _attend_tile(acc, l_i, shifted, q, k, v, no_bias, qk_scale, False, ONLINE, PRECISION)
-        begin += _end_of_list(count, LOG_BLOCK - 1, PADDED_ROWS)
+    # Pooled levels, one after the other. Those of which few blocks fill a tile have loops of their own.
+    for slot in tl.static_range(1, SLOTS - 1):
+        if slot == first_slot and (KEY_BLOCK >> slot) * FEW_BLOCKS >= BLOCK_N and not ONLINE:
+            count = tl.load(counts_ptr + slot)
+            first_row = first_row_2 if slot == 1 else (first_row_4 if slot == 2 else first_row_8)
+            acc, l_i = _attend_to_few(
+                acc, l_i, m_i, q, keys_ptr, values_ptr, indices_ptr + begin, bias_ptr + begin, count, first_row,
+                qk_scale, KEY_BLOCK >> slot, HEAD_DIM, BLOCK_N, PRECISION,
+            )  # fmt: skip
+            begin += _end_of_list(count, LOG_BLOCK - slot, PADDED_ROWS)
+            first_slot = slot + 1
 
-    # The other levels, one after the other: the groups of several blocks fill one tile.
+    # The others: the groups of several blocks fill one tile.
     for slot in range(first_slot, SLOTS):
         count = tl.load(counts_ptr + slot)
         log_groups = tl.where(slot == SLOTS - 1, 0, LOG_BLOCK - slot)

@@ -55,10 +55,11 @@ def attend_config(sm: int, dtype: torch.dtype, head_dim: int, query_block: int) 
         return AttendConfig(
             block_m=query_block, block_n=32, num_warps=4, num_stages=3, exact_n=64, exact_stages=2, descriptors=True
         )
-    if sm == 90:  # four programs of 64 rows
+    if sm == 90:  # three programs of 128 rows, or four of 64
         return AttendConfig(
-            block_m=64, block_n=32, num_warps=4, num_stages=3, exact_n=64, exact_stages=3, max_registers=128
-        )
+            block_m=query_block, block_n=32, num_warps=4, num_stages=3, exact_n=64, exact_stages=3,
+            max_registers=168 if query_block == 128 else 128,
+        )  # fmt: skip
     if sm == 100:
         return AttendConfig(
             block_m=64, block_n=64, num_warps=8, num_stages=2, exact_n=64, exact_stages=2, fast=False
