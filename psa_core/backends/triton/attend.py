@@ -147,16 +147,17 @@ def _attend_to_lists(
         begin = _end_of_list(count, LOG_BLOCK, PADDED_ROWS)
 
     # Pooled levels, one after the other. Those of which few blocks fill a tile have loops of their own.
-    for slot in tl.static_range(1, SLOTS - 1):
-        if slot == first_slot and (KEY_BLOCK >> slot) * FEW_BLOCKS >= BLOCK_N and not ONLINE:
-            count = tl.load(counts_ptr + slot)
-            first_row = first_row_2 if slot == 1 else (first_row_4 if slot == 2 else first_row_8)
-            acc, l_i = _attend_to_few(
-                acc, l_i, m_i, q, keys_ptr, values_ptr, indices_ptr + begin, bias_ptr + begin, count, first_row,
-                qk_scale, KEY_BLOCK >> slot, HEAD_DIM, BLOCK_N, PRECISION,
-            )  # fmt: skip
-            begin += _end_of_list(count, LOG_BLOCK - slot, PADDED_ROWS)
-            first_slot = slot + 1
+    if not ONLINE:
+        for slot in tl.static_range(1, SLOTS - 1):
+            if (slot == first_slot) and ((KEY_BLOCK >> slot) * FEW_BLOCKS >= BLOCK_N):
+                count = tl.load(counts_ptr + slot)
+                first_row = first_row_2 if slot == 1 else (first_row_4 if slot == 2 else first_row_8)
+                acc, l_i = _attend_to_few(
+                    acc, l_i, m_i, q, keys_ptr, values_ptr, indices_ptr + begin, bias_ptr + begin, count, first_row,
+                    qk_scale, KEY_BLOCK >> slot, HEAD_DIM, BLOCK_N, PRECISION,
+                )  # fmt: skip
+                begin += _end_of_list(count, LOG_BLOCK - slot, PADDED_ROWS)
+                first_slot = slot + 1
 
     # The others: the groups of several blocks fill one tile.
     for slot in range(first_slot, SLOTS):
