@@ -194,7 +194,7 @@ def scaled_float8(weights: dict[str, Tensor]) -> Any:
 
 
 def gguf(weights: dict[str, Tensor]) -> Any:
-    """As GGUF loaders do: layers of their own that keep whole numbers, and make weights of them when they are called."""
+    """As GGUF loaders do: layers of their own keep whole numbers, and make weights of them when they are called."""
     import comfy.ops
     import comfy.sd
 
@@ -215,9 +215,7 @@ def gguf(weights: dict[str, Tensor]) -> Any:
 
 
 @pytest.mark.parametrize("quantize", [float8, scaled_float8, gguf])
-def test_quantized_weights_stay_in_the_linear_layers(
-    model: Any, quantize: Callable[[dict[str, Tensor]], Any]
-) -> None:
+def test_quantized_weights_stay_in_the_linear_layers(model: Any, quantize: Callable[[dict[str, Tensor]], Any]) -> None:
     quantized = quantize(make_network().state_dict())
     expected = sample(quantized)
     assert distance(expected, sample(model)) > 1e-3  # or nothing was quantized
@@ -333,7 +331,9 @@ def sparse_attention_that_comes_back(model: Any, answered: Answered, monkeypatch
 
 @pytest.mark.parametrize("patched_first", [True, False])
 @pytest.mark.parametrize(
-    "node", [attention_backend, sage, sparse_attention, sparse_attention_that_comes_back], ids=lambda node: node.__name__
+    "node",
+    [attention_backend, sage, sparse_attention, sparse_attention_that_comes_back],
+    ids=lambda node: node.__name__,
 )
 def test_each_call_has_one_attention_and_the_log_says_whose(
     model: Any,
