@@ -127,9 +127,10 @@ class RunRecord:
             faster = "" if (ratio := self.speedup) is None else f", {ratio:.1f}x dense speed"
             parts.append(f"{self.sparse_calls} sparse calls{density}{faster}")
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.dense_calls.items())
-            dense = f"{sum(self.dense_calls.values())} dense calls" + (f" ({reasons})" if reasons else "")
-            # The other node's attention may be sparse as well: the line tells which of the two did what.
-            parts.append(dense + (f", left to the attention of {self.dense_attention}" if self.dense_attention else ""))
+            parts.append(f"{sum(self.dense_calls.values())} dense calls" + (f" ({reasons})" if reasons else ""))
+            if self.dense_calls and self.dense_attention:
+                # The other node's attention may be sparse as well: the line tells which of the two did what.
+                parts[-1] += f", left to the attention of {self.dense_attention}"
             parts.append(f"{self.sparse_steps} of {self.steps} steps sparse")
             parts.append(f"{self.tokens} tokens")
         parts.append(f"{self.outcome} after {self.seconds:.1f} s")
