@@ -174,7 +174,7 @@ def test_tensor_containers_reach_psa_opened_where_nobody_else_takes_them(call: C
     ("module", "owner"),
     [
         ("comfy_extras.nodes_sparse_attention", "comfy_extras.nodes_sparse_attention"),
-        ("/home/me/ComfyUI/comfy_extras/nodes_sparse_attention", "nodes_sparse_attention"),
+        ("/opt/ComfyUI/comfy_extras/nodes_sparse_attention", "nodes_sparse_attention"),
         ("C:\\ComfyUI\\custom_nodes\\some-pack.nodes.attention", "some-pack.nodes.attention"),
     ],
 )

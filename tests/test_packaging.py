@@ -115,7 +115,7 @@ def stand_in_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[
                 if not file.exists():
                     file.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copy(weights.get(model["name"], "/dev/null"), file)
-                    models.setdefault(model["directory"], []).append(file)
+                    models.setdefault(str(file.parent.relative_to(folder)), []).append(file)
     return models
 
 
