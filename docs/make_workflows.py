@@ -82,10 +82,11 @@ class Graph:
         pos: tuple[int, int],
         size: tuple[int, int],
         title: str = "",
-        models: tuple[tuple[str, str], ...] = (),
+        models: tuple[tuple[str, ...], ...] = (),
         **values: Any,
     ) -> Output:
-        """Add a node; values are widget values, or ``(node, slot)`` to link; models are ``(url, directory)``."""
+        """Add a node; values are widget values, or ``(node, slot)`` to link; models are ``(url, directory)``,
+        with the file's name behind them where it is not the url's."""
         described = self._info[kind]
         node: dict[str, Any] = {"id": len(self.nodes) + 1, "type": kind, "pos": list(pos), "size": list(size)}
         node |= {"flags": {}, "order": len(self.nodes), "mode": 0, "inputs": [], "outputs": []}
@@ -125,7 +126,10 @@ class Graph:
         node["properties"] = {"cnr_id": "psa-attention" if own else "comfy-core", "ver": version}
         node["properties"]["Node name for S&R"] = kind
         if models:
-            listed = [{"name": url.rsplit("/", 1)[1], "url": url, "directory": folder} for url, folder in models]
+            listed = [
+                {"name": name[0] if name else url.rsplit("/", 1)[1], "url": url, "directory": folder}
+                for url, folder, *name in models
+            ]
             node["properties"]["models"] = listed
             self.models += [(entry["name"], entry["url"], entry["directory"]) for entry in listed]
         if widget_values:
@@ -192,9 +196,10 @@ def finish(graph: Graph, name: str, samples: Output, vae: Output, fps: int, titl
     graph.save(name)
 
 
-def load_vae(graph: Graph, url: str) -> Output:
-    name = url.rsplit("/", 1)[1]
-    return graph.add("VAELoader", (1100, 460), (320, 58), models=((url, "vae"),), vae_name=name)
+def load_vae(graph: Graph, url: str, folder: str = "") -> Output:
+    """The VAE; a folder of its own in models/vae tells files of one name apart."""
+    name = folder + url.rsplit("/", 1)[1]
+    return graph.add("VAELoader", (1100, 460), (320, 58), models=((url, "vae", name),), vae_name=name)
 
 
 def wan21_i2v(info: dict[str, Any]) -> None:
@@ -323,11 +328,13 @@ def cogvideox(info: dict[str, Any], version: str, size: tuple[int, int, int], fo
         "KSampler", (1100, 60), (320, 262), model=model, positive=positive, negative=negative, latent_image=latent,
         seed=0, steps=steps, cfg=cfg, sampler_name="euler", scheduler="simple",
     )  # fmt: skip
-    vae = load_vae(graph, f"{base}/vae/diffusion_pytorch_model.safetensors")
+    vae = load_vae(graph, f"{base}/vae/diffusion_pytorch_model.safetensors", f"{folder}/")
     numbers = (
         f"{width} x {height}, {length} frames at 8 per second, {steps} steps and cfg {cfg} are the settings at which "
-        "the official PSA code runs this model. It needs a ComfyUI with CogVideoX of its own (0.33 or newer). Put the "
-        f"files of the transformer together into `models/diffusion_models/{folder}`."
+        "the official PSA code runs this model. It needs a ComfyUI with CogVideoX of its own (0.33 or newer)."
+        "\n\n**Where the files go.** ComfyUI does not offer the files of the transformer: download them from the list "
+        f"above and put them together into `models/diffusion_models/{folder}`. The VAE goes into "
+        f"`models/vae/{folder}`."
     )
     name = f"psa_{folder.replace('-', '_')}_t2v".replace("_5b_t2v", "_5b_4steps" if four_steps else "_5b")
     title = f"CogVideo{version} text to video{', four steps' if four_steps else ''}"

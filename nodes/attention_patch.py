@@ -17,7 +17,7 @@ from ..psa_core import PSAConfig
 from ..psa_core.backends import BACKENDS
 from ..psa_core.presets import Preset
 from ..psa_core.schedule import BlockList, Schedule
-from .override import OVERRIDE_KEY, AttentionOverride, Options, name_arguments, replaced
+from .override import OVERRIDE_KEY, AttentionOverride, Options, name_arguments, owner_of, replaced
 from .preset_loader import PresetSocket, load_preset
 from .session import PatchSettings, RunRecord, Session
 from .video_models import UnsupportedModel, identify, read_sequence, read_sigma
@@ -93,8 +93,9 @@ def _begin_model_call(
     except UnsupportedModel as error:
         session.refuse_model(str(error))
         return options, {}
-    session.begin_model_call(sigma, sequence.layout)
-    override = AttentionOverride(session, sequence, options.get(OVERRIDE_KEY))
+    previous = options.get(OVERRIDE_KEY)
+    session.begin_model_call(sigma, sequence.layout, dense_attention=owner_of(previous))
+    override = AttentionOverride(session, sequence, previous)
     blocks = len(executor.class_obj.blocks) if session.settings.dense_blocks else 0
     return options, override.entries(options, track_blocks=blocks)
 

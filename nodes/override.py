@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -202,6 +203,14 @@ def replaced(options: Options, entries: Options) -> Iterator[None]:
         for key in entries:
             options.pop(key, None)
         options.update(before)
+
+
+def owner_of(override: Callable[..., Any] | None) -> str:
+    """The Python module that an override comes from, which tells the node that installed it; empty without one."""
+    if override is None:
+        return ""
+    module = getattr(override, "__module__", None) or type(override).__module__
+    return re.split(r"[/\\]", module)[-1]  # ComfyUI names custom nodes by their path
 
 
 def name_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -87,6 +87,7 @@ class RunRecord:
         sparse_steps: Those with at least one sparse call.
         sparse_calls: Attention calls that PSA computed.
         dense_calls: Video self-attention calls that stayed dense, by reason.
+        dense_attention: The other node whose attention answered those; empty for ComfyUI's own.
         other_calls: Attention calls of other kinds (cross attention), which PSA leaves alone.
         density: Mean over the sparse calls of the share of dense work that was done; None without any.
         tokens: Length of the longest video sequence.
@@ -103,6 +104,7 @@ class RunRecord:
     sparse_steps: int
     sparse_calls: int
     dense_calls: dict[str, int]
+    dense_attention: str
     other_calls: int
     density: float | None
     tokens: int
@@ -126,6 +128,9 @@ class RunRecord:
             parts.append(f"{self.sparse_calls} sparse calls{density}{faster}")
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.dense_calls.items())
             parts.append(f"{sum(self.dense_calls.values())} dense calls" + (f" ({reasons})" if reasons else ""))
+            if self.dense_calls and self.dense_attention:
+                # The other node's attention may be sparse as well: the line tells which of the two did what.
+                parts[-1] += f", left to the attention of {self.dense_attention}"
             parts.append(f"{self.sparse_steps} of {self.steps} steps sparse")
             parts.append(f"{self.tokens} tokens")
         parts.append(f"{self.outcome} after {self.seconds:.1f} s")
@@ -226,12 +231,20 @@ class Session:
         self._counting = threading.Lock()
         self._steps = self._sparse_steps = self._sparse_calls = self._other_calls = self._tokens = 0
         self._dense_calls: Counter[str] = Counter()
+        self._dense_attention = ""
         self._pending: list[_PendingCall] = []
         self._calls: list[CallRecord] = []
 
-    def begin_model_call(self, sigma: float, layout: TokenLayout) -> None:
-        """Note that the model is called at a noise level; another level than before begins a step."""
+    def begin_model_call(self, sigma: float, layout: TokenLayout, dense_attention: str = "") -> None:
+        """Note that the model is called at a noise level; another level than before begins a step.
+
+        Args:
+            sigma: The noise level.
+            layout: The call's tokens.
+            dense_attention: The other node whose attention answers what stays dense; empty for ComfyUI's own.
+        """
         with self._counting:
+            self._dense_attention = dense_attention
             self._tokens = max(self._tokens, layout.tokens)
             if self._step is None or sigma != self._step.sigma:
                 before, self._step = self._step, _Step(sigma, self._window_reason(sigma))
@@ -344,6 +357,7 @@ class Session:
             sparse_steps=self._sparse_steps,
             sparse_calls=self._sparse_calls,
             dense_calls=dict(self._dense_calls),
+            dense_attention=self._dense_attention,
             other_calls=self._other_calls,
             density=self._mean_density(),
             tokens=self._tokens,

@@ -383,9 +383,9 @@ def gate_by_counting_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 
     begin = Session.begin_model_call
 
-    def counted(self: Any, sigma: float, layout: Any) -> None:
+    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
         self.calls = getattr(self, "calls", 0) + 1
-        begin(self, sigma, layout)
+        begin(self, *args, **kwargs)
 
     monkeypatch.setattr(Session, "begin_model_call", counted)
     monkeypatch.setattr(

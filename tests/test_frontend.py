@@ -38,8 +38,9 @@ def frontend(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     }
     # Files by the names of the bundled workflows' models, or a list of missing ones covers the canvas.
     for model in embedded_models():
-        (empty := tmp_path_factory.getbasetemp() / model["name"]).touch()
-        weights.setdefault(model["directory"], []).append(empty)
+        file = Path(model["directory"], model["name"])
+        (empty := tmp_path_factory.getbasetemp() / file.name).touch()
+        weights.setdefault(str(file.parent), []).append(empty)
     with (
         ComfyServer(comfyui, models=weights, custom_nodes=[DEMO / "prompt_node"], cpu=True) as server,
         open_frontend(server) as frontend,

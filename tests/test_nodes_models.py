@@ -140,6 +140,8 @@ VARIANTS = {
         VIDEO,
         channels=36,
     ),
+    "A14B i2v": Variant("WanModel", {"in_dim": 36}, dict, VIDEO, channels=36),
+    "ti2v 5B": Variant("WanModel", {"in_dim": 48, "out_dim": 48}, dict, VIDEO, channels=48),
     "Fun Control": Variant(
         "WanModel",
         {"in_dim_ref_conv": 16},
@@ -158,7 +160,14 @@ VARIANTS = {
         lambda: {"context_latents": [latent(16, 1, 16, 18), latent(16, 2, 8, 8)]},
         TokenLayout(GRID, tokens=216 + 72 + 32),
     ),
-    "Fun Camera": Variant(
+    "Fun Camera of Wan 2.1": Variant(
+        "CameraWanModel",
+        {"model_type": "camera", "in_dim": 32},
+        lambda: {"camera_conditions": latent(24, 3, 128, 144), "clip_fea": latent(257, 1280)},
+        VIDEO,
+        channels=32,
+    ),
+    "Fun Camera of Wan 2.2": Variant(
         "CameraWanModel",
         {"model_type": "camera_2.2"},
         lambda: {"camera_conditions": latent(24, 3, 128, 144)},

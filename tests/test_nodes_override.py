@@ -170,6 +170,26 @@ def test_tensor_containers_reach_psa_opened_where_nobody_else_takes_them(call: C
     torch.testing.assert_close(out, exact())
 
 
+@pytest.mark.parametrize(
+    ("module", "owner"),
+    [
+        ("comfy_extras.nodes_sparse_attention", "comfy_extras.nodes_sparse_attention"),
+        ("/opt/ComfyUI/comfy_extras/nodes_sparse_attention", "nodes_sparse_attention"),
+        ("C:\\ComfyUI\\custom_nodes\\some-pack.nodes.attention", "some-pack.nodes.attention"),
+    ],
+)
+def test_an_override_is_named_by_its_module_without_the_users_folders(comfyui: Path, module: str, owner: str) -> None:
+    from psa_pack.nodes.override import owner_of
+
+    def override(func: Callable[..., Tensor], *args: Any) -> Tensor:
+        return func(*args)
+
+    override.__module__ = module
+    assert owner_of(override) == owner
+    assert owner_of(type("Override", (), {"__module__": module})()) == owner
+    assert owner_of(None) == ""
+
+
 def test_entries_are_replaced_and_put_back(comfyui: Path) -> None:
     from psa_pack.nodes.override import replaced
 

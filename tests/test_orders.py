@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
+import io
+import os
 import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from psa_pack.psa_core import PSAConfig, TokenLayout, plan_order
@@ -61,6 +65,17 @@ def test_planning_the_largest_usual_video_is_quick() -> None:
     assert min(seconds) < 0.2
 
 
+def test_planning_uses_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan_order(TokenLayout((2, 3, 4)), PSAConfig(error_weight=0.01), "cpu")  # imports
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError(f"a file was opened: {args}")
+
+    for module, name in ((builtins, "open"), (io, "open"), (os, "open"), (torch, "save"), (torch, "load")):
+        monkeypatch.setattr(module, name, refuse)
+    plan_order(TokenLayout((5, 6, 7)), PSAConfig(error_weight=0.01), "cpu")
+
+
 @given(
     grid=grids,
     before=st.integers(0, 70),
@@ -95,7 +110,6 @@ def test_blocks_hold_every_token_once_and_never_both_kinds(
 
 
 def test_an_order_of_another_layout_is_refused() -> None:
-    import torch
     from psa_pack.psa_core import psa_attention
 
     config = PSAConfig(error_weight=0.01)

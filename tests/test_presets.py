@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ def test_bundled_presets_load_and_say_where_they_come_from(path: Path) -> None:
         assert ("the official attention_config.yaml" if official else "small model until measured") in preset.source
     weights = [presets[name].config.error_weight for name in ("quality", "balanced", "fast")]
     assert weights == sorted(set(weights))  # type: ignore[type-var]
+    assert presets["four_steps"].config == presets["balanced"].config
+    assert presets["four_steps"].schedule == dataclasses.replace(presets["balanced"].schedule, start_percent=0)
 
 
 CASES = {

@@ -59,11 +59,13 @@ def sample(
     negative_context: int = 77,
     start_step: int | None = None,
     last_step: int | None = None,
+    channels: int = 16,
+    noise_mask: Tensor | None = None,
 ) -> Tensor:
     """Sample a latent from a fixed seed, through ComfyUI's own sampling."""
     import comfy.sample
 
-    empty = torch.zeros(1, 16, *latent)
+    empty = torch.zeros(1, channels, *latent)
     generator = torch.Generator().manual_seed(1)
     positive, negative = (
         [[torch.randn(1, length, 4096, generator=generator), {}]] for length in (context, negative_context)
@@ -80,6 +82,7 @@ def sample(
         empty,
         start_step=start_step,
         last_step=last_step,
+        noise_mask=noise_mask,
         disable_pbar=True,
         seed=2,
     )
