@@ -17,7 +17,7 @@ from .status import running_server, user_language
 from .translations import translated
 
 _UNPATCHED = ("PSA is not on this model", "It has no PSA Attention Patch, or the preset is off.")
-_NO_RUN = ("no run yet", "Sample with this model, then run the report; connect the sampler's latent to it.")
+_NO_RUN = ("No run yet", "Sample with this model, then run the report; connect the sampler's latent to it.")
 
 
 class PSAReport(io.ComfyNode):
@@ -77,8 +77,8 @@ def report_text(run: RunRecord, facts: RunFacts) -> str:
     lines = [f"PSA {run.title}", compared_with_dense(run.calls), f"{run.sparse_steps} of {run.steps} steps sparse"]
     if run.density is not None:
         lines.append(f"mean density {run.density:.2f} ({run.backend})")
-    lines += [f"{run.tokens} tokens", f"{run.sparse_calls} calls sparse, {sum(run.dense_calls.values())} dense"]
-    lines += [f"dense, {count} calls: {reason}" for reason, count in most_first(run.dense_calls)]
+    lines += [f"{run.tokens} tokens", f"sparse calls: {run.sparse_calls}, dense: {sum(run.dense_calls.values())}"]
+    lines += [f"dense: {count} {reason}" for reason, count in most_first(run.dense_calls)]
     if facts.level_shares.any():
         pairs = zip(run.levels, facts.level_shares, strict=True)
         lines += [f"block pairs at level {level}: {share:.1%}" for level, share in pairs]

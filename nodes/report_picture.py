@@ -103,9 +103,9 @@ def draw_run(run: RunRecord, facts: RunFacts, note: str, theme: str) -> Image.Im
         page.heading("Calls")
         page.paragraph("No call was recorded: after a failure the device is asked nothing any more.")
     total = sum(run.dense_calls.values())
-    page.heading(f"{run.sparse_calls} calls sparse, {total} dense")
+    page.heading(f"Sparse calls: {run.sparse_calls}, dense: {total}")
     for reason, count in most_first(run.dense_calls):
-        page.paragraph(f"dense, {count} calls: {reason}")
+        page.paragraph(f"dense: {count} {reason}")
     return page.finish()
 
 
@@ -151,7 +151,7 @@ class _Page:
     def heading(self, text: str) -> None:
         self._y += 22
         self._text(_MARGIN, self._y, text, _HEADING)
-        self._y += 32
+        self._y += 36
 
     def paragraph(self, text: str, color: Color | None = None) -> None:
         for line in self._wrapped(text, WIDTH - 2 * _MARGIN):
@@ -172,7 +172,7 @@ class _Page:
     def density_map(self, facts: RunFacts) -> None:
         """Heat map of density, steps to the right and blocks downwards."""
         self.heading("Density of each step and block")
-        self._density_legend(self._y - 28)
+        self._density_legend(self._y - 33)
         blocks, steps = facts.density.shape
         height = min(_MAP_HEIGHT, blocks * _ROW_HEIGHT)
         colors = self._theme.density(np.nan_to_num(facts.density))
@@ -199,7 +199,7 @@ class _Page:
         items = [(name if share is None else f"{name}: {share:.0%}", color) for name, share, color in named]
         if not facts.dense.any() and not facts.shares[:, -1].any():
             items = items[1:]
-        self._legend(self._y - 28, items)
+        self._legend(self._y - 33, items)
         steps = len(facts.shares)
         columns = _cells(steps, _PLOT_RIGHT - _PLOT_LEFT)
         # From the bottom up: dense calls, then the levels from fine to coarse.
@@ -219,7 +219,7 @@ class _Page:
         """Time in attention, as it was and as it would have been dense."""
         self.heading("Seconds in attention")
         sparse = self._theme.ramp[1]
-        self._legend(self._y - 28, [("sparse calls", sparse), ("dense calls", self._theme.dense)])
+        self._legend(self._y - 33, [("sparse calls", sparse), ("dense calls", self._theme.dense)])
         bars = [("this run", [(facts.sparse_seconds, sparse), (facts.dense_seconds, self._theme.dense)])]
         if facts.estimate is not None:
             bars.append(("all dense, estimated", [(facts.estimate + facts.dense_seconds, self._theme.dense)]))

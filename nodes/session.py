@@ -130,7 +130,7 @@ class RunRecord:
                 lines.append(f"mean density {self.density:.2f} ({self.backend})")
         if self.dense_calls:
             most = "" if len(self.dense_calls) == 1 else ", most of them"
-            lines.append(f"{sum(self.dense_calls.values())} calls dense{most}:")
+            lines.append(f"dense calls: {sum(self.dense_calls.values())}{most}")
             lines.append(max(self.dense_calls, key=lambda reason: self.dense_calls[reason]))
         return [*lines, f"{self.outcome} after {self.seconds:.1f} s"]
 
