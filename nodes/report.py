@@ -48,7 +48,6 @@ class PSAReport(io.ComfyNode):
                 io.Image.Output("picture", display_name="picture", tooltip="The report as a picture."),
                 io.String.Output("text", display_name="text", tooltip="The report as text."),
             ],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -64,8 +63,7 @@ class PSAReport(io.ComfyNode):
             facts = RunFacts.of(patch.last_run)
             drawn = draw_run(patch.last_run, facts, patch.settings.note.replace("\n", "; "), theme)
             text = report_text(patch.last_run, facts)
-        server = running_server()
-        text = translated(text, user_language(server))
+        text = translated(text, user_language(running_server()))
         picture = torch.from_numpy(np.asarray(drawn, dtype=np.float32) / 255)[None]
         return io.NodeOutput(samples, picture, text, ui=ui.PreviewImage(picture, cls=cls))
 
