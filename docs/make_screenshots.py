@@ -42,7 +42,9 @@ def main() -> None:
         for path in sorted(WORKFLOWS.glob("*.json")):
             for node in json.loads(path.read_text("utf-8"))["nodes"]:
                 for model in node["properties"].get("models", []):
-                    (empty := Path(folder) / model["directory"] / model["name"]).parent.mkdir(exist_ok=True)
+                    (empty := Path(folder) / model["directory"] / model["name"]).parent.mkdir(
+                        parents=True, exist_ok=True
+                    )
                     if not empty.exists():
                         empty.touch()
                         models.setdefault(model["directory"], []).append(empty)

@@ -167,7 +167,7 @@ class PSAAttentionPatch(io.ComfyNode):
         report = status_line(cls.hidden.unique_id if cls.hidden else None)
         if preset == OFF:
             detach(patched)
-            report("PSA off: attention is left as it is")
+            report("PSA off: nothing is changed")
             return io.NodeOutput(patched)
         try:
             facts = identify(model.get_model_object("diffusion_model"))

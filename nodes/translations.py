@@ -6,7 +6,7 @@ import re
 
 CHINESE = {
     # The status, line by line.
-    "PSA off: attention is left as it is": "PSA 已关闭：注意力保持原样",
+    "PSA off: nothing is changed": "PSA 已关闭：什么都不改",
     "step {}: sparse": "第 {} 步：稀疏",
     "step {}: dense": "第 {} 步：稠密",
     "step {}: no attention call": "第 {} 步：没有注意力调用",

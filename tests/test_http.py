@@ -149,7 +149,7 @@ def test_a_balanced_run_is_sparse_and_near_the_dense_one(server: ComfyServer, de
 def test_off_and_removal_leave_nothing_behind(server: ComfyServer, dense: Tensor) -> None:
     off = server.run(prompt(SPARSE | {"preset": "off"}))
     assert torch.equal(latent(server, off), dense)
-    assert status(off) == "PSA off: attention is left as it is"
+    assert status(off) == "PSA off: nothing is changed"
     server.run(prompt(SPARSE | {"error_weight": 0.5}))
     again = server.run(sampled_anew(prompt(None)))
     assert node_id(prompt(None), "KSampler") in again.node_seconds
