@@ -215,8 +215,23 @@ class _PendingCall:
         density, pairs = None, ()
         if self.stats is not None:
             density = float(self.stats.density.mean())
-            pairs = tuple(self.stats.level_pairs.sum(dim=(0, 1)).tolist())
+            pairs = tuple(self.stats.level_pairs.flatten(0, -2).sum(dim=0).tolist())
         return CallRecord(self.step, self.block, self.tokens, self.batch, self.watch.seconds(), density, pairs)
+
+
+def _read(calls: Sequence[_PendingCall]) -> list[CallRecord]:
+    """Read calls with two transfers from each device, where one by one each would take two, and the device wait."""
+    sparse: dict[torch.device, list[tuple[_PendingCall, PSAStats]]] = {}
+    for call in calls:
+        if call.stats is not None:
+            sparse.setdefault(call.stats.density.device, []).append((call, call.stats))
+    for group in sparse.values():
+        sizes = [stats.density.numel() for _, stats in group]
+        densities = torch.cat([stats.density.flatten() for _, stats in group]).cpu().split(sizes)
+        pairs = torch.cat([stats.level_pairs.flatten(0, -2) for _, stats in group]).cpu().split(sizes)
+        for (call, _), *numbers in zip(group, densities, pairs, strict=True):
+            call.stats = PSAStats(*numbers)
+    return [call.read() for call in calls]
 
 
 @dataclass
@@ -428,7 +443,7 @@ class Session:
         _log.warning("PSA %s: attention is dense for the rest of this run: %s%s", title, reason, trace)
 
     def _read_pending(self) -> None:
-        self._calls += [call.read() for call in self._pending]
+        self._calls += _read(self._pending)
         self._pending.clear()
 
     def _mean_density(self) -> float | None:

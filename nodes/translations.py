@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
 CHINESE = {
     # The status, line by line.
@@ -123,10 +124,15 @@ def translated(text: str, language: str) -> str:
     return "\n".join(map(_chinese, text.split("\n")))
 
 
+@cache
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile(re.escape(template).replace(r"\{\}", "(.+)"))
+
+
 def _chinese(text: str) -> str:
     if text in CHINESE:
         return CHINESE[text]
     for english, chinese in CHINESE.items():
-        if "{}" in english and (match := re.fullmatch(re.escape(english).replace(r"\{\}", "(.+)"), text)):
+        if match := _pattern(english).fullmatch(text):
             return chinese.format(*map(_chinese, match.groups()))
     return text
