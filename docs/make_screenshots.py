@@ -56,7 +56,7 @@ def main() -> None:
                 run(frontend, "node.png")
                 report(frontend, "report.png")
             with open_frontend(server, 1600, 660) as frontend:
-                run(frontend, "node.png")
+                run(frontend, "node.png")  # again, without the report and with its seed
                 changed_preset(frontend)
             with open_frontend(server, 1600, 660, language="zh") as frontend:
                 run(frontend, "node_zh.png")
@@ -67,6 +67,7 @@ def templates(frontend: Frontend) -> None:
     """The template browser with the pack's workflows."""
     frontend.open_templates()
     frontend.page.get_by_text("psa-attention", exact=True).first.click()
+    frontend.page.get_by_text(TEMPLATE, exact=True).first.scroll_into_view_if_needed()
     frontend.page.get_by_alt_text(TEMPLATE).first.wait_for()
     frontend.page.wait_for_timeout(1500)  # until the pictures are there
     save(frontend, "templates.png")
