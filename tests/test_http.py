@@ -97,7 +97,7 @@ def status(run: Run) -> str:
 
 def last_line(server: ComfyServer) -> str:
     """The line that the latest patched run wrote to the log."""
-    return [line for line in server.log().splitlines() if line.startswith("PSA ")][-1]
+    return re.findall(r"PSA .* after [\d.]+ s", server.log())[-1]
 
 
 def test_both_nodes_are_there_with_a_tooltip_on_every_input(server: ComfyServer) -> None:
