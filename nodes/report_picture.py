@@ -20,6 +20,8 @@ _MARGIN, _PLOT_LEFT, _PLOT_RIGHT = 36, 100, WIDTH - 36
 _TITLE, _NUMBER, _HEADING, _BODY, _TICK = 30, 28, 19, 17, 15
 _MAP_HEIGHT, _ROW_HEIGHT, _SHARES_HEIGHT, _BAR_HEIGHT = 400, 28, 130, 26
 _LEAST_KEPT_APART = 12
+_MOST_LINES = 6
+_LONGEST_WORD = 55
 _TICK_STEPS = [factor * 10**power for power in range(6) for factor in (1, 2, 5)]
 
 Color = tuple[int, int, int]
@@ -271,14 +273,18 @@ class _Page:
         self._draw.text((x, y), _printable(text), color or self._theme.text, self._fonts[size], anchor)
 
     def _wrapped(self, text: str, width: int) -> list[str]:
+        """Lines no wider than that; what is too long for a few of them is cut."""
+        length = self._fonts[_BODY].getlength
         lines: list[str] = []
         for word in _printable(text).split():
-            longer = f"{lines[-1]} {word}" if lines else word
-            if lines and self._fonts[_BODY].getlength(longer) <= width:
-                lines[-1] = longer
-            else:
-                lines.append(word)
-        return lines
+            if lines and length(f"{lines[-1]} {word}") <= width:
+                lines[-1] += f" {word}"
+                continue
+            while length(word) > width:  # a path, say
+                lines.append(word[:_LONGEST_WORD])
+                word = word[_LONGEST_WORD:]
+            lines.append(word)
+        return lines if len(lines) <= _MOST_LINES else [*lines[: _MOST_LINES - 1], "..."]
 
 
 def most_first(counts: Mapping[str, int]) -> list[tuple[str, int]]:

@@ -172,6 +172,7 @@ RUNS: dict[str, Callable[[], Any]] = {
     "failed at once": lambda: run_of([], outcome="failed", unused_cause="the model was not called"),
     "interrupted": lambda: run_of(grid(3, 4, 1), outcome="interrupted"),
     "other letters": lambda: run_of(grid(2, 2, 1), dense_calls={"because PSA could not run (内存不足)": 2}),
+    "a long word": lambda: run_of(grid(2, 2, 1), dense_calls={"x" * 300: 1, "y" * 5000: 1}),
     "no time": lambda: run_of(grid(2, 2, 1, seconds=0.0)),
 }
 
