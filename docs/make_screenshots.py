@@ -42,7 +42,9 @@ def main() -> None:
         for path in sorted(WORKFLOWS.glob("*.json")):
             for node in json.loads(path.read_text("utf-8"))["nodes"]:
                 for model in node["properties"].get("models", []):
-                    (empty := Path(folder) / model["directory"] / model["name"]).parent.mkdir(exist_ok=True)
+                    (empty := Path(folder) / model["directory"] / model["name"]).parent.mkdir(
+                        parents=True, exist_ok=True
+                    )
                     if not empty.exists():
                         empty.touch()
                         models.setdefault(model["directory"], []).append(empty)
@@ -52,15 +54,20 @@ def main() -> None:
                 opened_template(frontend)
             with open_frontend(server, 1600, 660) as frontend:
                 run(frontend, "node.png")
+                report(frontend, "report.png")
+            with open_frontend(server, 1600, 660) as frontend:
+                run(frontend, "node.png")  # again, without the report and with its seed
                 changed_preset(frontend)
             with open_frontend(server, 1600, 660, language="zh") as frontend:
                 run(frontend, "node_zh.png")
+                report(frontend, "report_zh.png")
 
 
 def templates(frontend: Frontend) -> None:
     """The template browser with the pack's workflows."""
     frontend.open_templates()
     frontend.page.get_by_text("psa-attention", exact=True).first.click()
+    frontend.page.get_by_text(TEMPLATE, exact=True).first.scroll_into_view_if_needed()
     frontend.page.get_by_alt_text(TEMPLATE).first.wait_for()
     frontend.page.wait_for_timeout(1500)  # until the pictures are there
     save(frontend, "templates.png")
@@ -84,9 +91,20 @@ def run(frontend: Frontend, name: str) -> None:
     # Room for what the node is going to say.
     frontend.place("Positive prompt", 60, 250, 270, 82)
     frontend.place("Negative prompt", 60, 390, 270, 82)
-    frontend.place("PSA Attention Patch", 390, 100, 300, 400)
+    frontend.place("PSAAttentionPatch", 390, 100, 300, 430)
     run_to_the_end(frontend)
     frontend.fit(left=-30, top=-80, scale=0.93)
+    save(frontend, name)
+
+
+def report(frontend: Frontend, name: str) -> None:
+    """PSA Report after the sampler, and what it shows of a run."""
+    frontend.place("VAEDecode", 2100, 100, 140, 46)
+    frontend.place("SaveAnimatedWEBP", 2100, 220, 420, 420)
+    frontend.add("PSAReport", {"samples": ("KSampler", 0), "model": ("PSAAttentionPatch", 0)}, (1390, 100, 560, 600))
+    frontend.set_values("KSampler", seed=2)  # or nothing would be sampled anew
+    run_to_the_end(frontend)
+    frontend.fit(left=310, top=-80, scale=0.88)
     save(frontend, name)
 
 

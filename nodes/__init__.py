@@ -8,10 +8,11 @@ from .attention_patch import PSAAttentionPatch
 from .load_cogvideox import PSALoadCogVideoX, PSALoadCogVideoXLoRA
 from .preset import PSAPreset
 from .preset_loader import PSAPresetLoader
+from .report import PSAReport
 
 
 class PSAExtension(ComfyExtension):
     """The pack, as ComfyUI asks for it."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [PSAAttentionPatch, PSAPresetLoader, PSAPreset, PSALoadCogVideoX, PSALoadCogVideoXLoRA]
+        return [PSAAttentionPatch, PSAPresetLoader, PSAPreset, PSAReport, PSALoadCogVideoX, PSALoadCogVideoXLoRA]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -20,6 +19,7 @@ from ..psa_core.schedule import BlockList, Schedule
 from .override import OVERRIDE_KEY, AttentionOverride, Options, name_arguments, owner_of, replaced
 from .preset_loader import PresetSocket, load_preset
 from .session import PatchSettings, RunRecord, Session
+from .status import status_line
 from .video_models import UnsupportedModel, identify, read_sequence, read_sigma
 
 PRESET_NAMES = ("balanced", "quality", "fast")
@@ -43,6 +43,13 @@ class AttentionPatch:
         self.settings = settings
         self.last_run: RunRecord | None = None
         self._report = report
+
+    @classmethod
+    def find(cls, model: ModelPatcher) -> AttentionPatch | None:
+        """The patch on a model or on a clone of it; None if there is none."""
+        for wrapper in model.get_wrappers(WrappersMP.OUTER_SAMPLE, _KEY):
+            return wrapper.__self__
+        return None
 
     def attach(self, model: ModelPatcher) -> None:
         """Install on a model, in place of an earlier patch."""
@@ -158,10 +165,10 @@ class PSAAttentionPatch(io.ComfyNode):
         verbose: bool = False,
     ) -> io.NodeOutput:
         patched = model.clone()
-        report = _status_line(cls.hidden.unique_id if cls.hidden else None)
+        report = status_line(cls.hidden.unique_id if cls.hidden else None)
         if preset == OFF:
             detach(patched)
-            report("PSA off: attention is left as it is")
+            report("PSA off: nothing is changed")
             return io.NodeOutput(patched)
         try:
             facts = identify(model.get_model_object("diffusion_model"))
@@ -305,14 +312,3 @@ def _checked_backend(name: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"backend: {name!r} is not one of {', '.join(BACKENDS)}")
     return name
-
-
-def _status_line(node_id: str | None) -> Callable[[str], None]:
-    """What shows a text on the node; nobody sees it where ComfyUI runs without its server."""
-
-    def report(text: str) -> None:
-        server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-        if server is not None and node_id is not None:
-            server.send_progress_text(text, node_id)
-
-    return report

@@ -143,7 +143,7 @@ class AttentionOverride:
             out = self._session.attend(q, k, v, self._sequence.layout, call.scale, place)
             if out is not None:
                 return call.output(out)
-        with self._session.timed_dense(call.q.device, self._sequence.layout.tokens, place):
+        with self._session.timed_dense(call.q, self._sequence.layout.tokens, place):
             return dense()
 
     def _spans_the_video(self, call: AttentionCall) -> bool:

@@ -62,6 +62,7 @@ class CallRecord:
         step: Number of its noise level, from 0.
         block: Transformer block, where ComfyUI names it; else its place among the model call's video calls.
         tokens: Length of its sequence.
+        batch: Number of sequences in it; where the model takes both conditions at once, two for each video.
         seconds: How long it took on its device; None if it failed.
         density: Share of dense work that was done; None for a dense call.
         level_pairs: Number of block pairs at each level of the preset; empty for a dense call.
@@ -70,6 +71,7 @@ class CallRecord:
     step: int
     block: int
     tokens: int
+    batch: int
     seconds: float | None
     density: float | None
     level_pairs: tuple[int, ...]
@@ -94,7 +96,7 @@ class RunRecord:
         backend: Backend of the sparse calls; empty without any.
         unused_cause: Why no video self-attention came by; empty where some did.
         levels: The preset's levels, from fine to coarse.
-        calls: The video self-attention calls, in order; empty after a failure.
+        calls: The video self-attention calls, in order; after a failure, those that were read from the device before.
     """
 
     title: str
@@ -115,8 +117,24 @@ class RunRecord:
 
     @property
     def speedup(self) -> float | None:
-        """Median time of a dense call over that of a sparse one of the same length; None where one kind is missing."""
+        """Median time of a dense call over that of a sparse one of the same size; None where one kind is missing."""
         return speedup(self.calls)
+
+    def summary(self) -> list[str]:
+        """The run in short lines, to be read at a glance."""
+        lines = []
+        if self.unused_cause:
+            lines += ["not used:", self.unused_cause]
+        else:
+            lines += filter(None, [compared_with_dense(self.calls)])
+            lines.append(f"{self.sparse_steps} of {self.steps} steps sparse")
+            if self.density is not None:
+                lines.append(f"mean density {self.density:.2f} ({self.backend})")
+        if self.dense_calls:
+            most = "" if len(self.dense_calls) == 1 else ", most of them"
+            lines.append(f"dense calls: {sum(self.dense_calls.values())}{most}")
+            lines.append(max(self.dense_calls, key=lambda reason: self.dense_calls[reason]))
+        return [*lines, f"{self.outcome} after {self.seconds:.1f} s"]
 
     def __str__(self) -> str:
         parts = []
@@ -138,16 +156,27 @@ class RunRecord:
 
 
 def speedup(calls: Sequence[CallRecord]) -> float | None:
-    """Median time of a dense call over that of a sparse one, at the longest length that has both; None without."""
-    times: dict[int, tuple[list[float], list[float]]] = {}
+    """Median time of a dense call over that of a sparse one, at the largest size that has both; None without."""
+    times: dict[tuple[int, int], tuple[list[float], list[float]]] = {}
     for call in calls:
         if call.seconds is not None:
-            times.setdefault(call.tokens, ([], []))[call.density is not None].append(call.seconds)
-    both = [tokens for tokens, (dense, sparse) in times.items() if dense and sparse]
+            size = (call.tokens, call.batch)
+            times.setdefault(size, ([], []))[call.density is not None].append(call.seconds)
+    both = [size for size, (dense, sparse) in times.items() if dense and sparse]
     if not both:
         return None
     dense, sparse = times[max(both)]
     return statistics.median(dense) / max(statistics.median(sparse), 1e-9)
+
+
+def compared_with_dense(calls: Sequence[CallRecord]) -> str:
+    """The speedup in words; empty where it is not known."""
+    if not (ratio := speedup(calls)):
+        return ""
+    faster, slower = f"{ratio:.1f}", f"{1 / ratio:.1f}"
+    if "1.0" in (faster, slower):
+        return "attention as fast as dense"
+    return f"attention {faster}x faster" if ratio > 1 else f"attention {slower}x slower"
 
 
 class Stopwatch:
@@ -183,6 +212,7 @@ class _PendingCall:
     step: int
     block: int
     tokens: int
+    batch: int
     watch: Stopwatch
     stats: PSAStats | None
 
@@ -190,8 +220,23 @@ class _PendingCall:
         density, pairs = None, ()
         if self.stats is not None:
             density = float(self.stats.density.mean())
-            pairs = tuple(self.stats.level_pairs.sum(dim=(0, 1)).tolist())
-        return CallRecord(self.step, self.block, self.tokens, self.watch.seconds(), density, pairs)
+            pairs = tuple(self.stats.level_pairs.flatten(0, -2).sum(dim=0).tolist())
+        return CallRecord(self.step, self.block, self.tokens, self.batch, self.watch.seconds(), density, pairs)
+
+
+def _read(calls: Sequence[_PendingCall]) -> list[CallRecord]:
+    """Read calls with two transfers from each device, where one by one each would take two, and the device wait."""
+    sparse: dict[torch.device, list[tuple[_PendingCall, PSAStats]]] = {}
+    for call in calls:
+        if call.stats is not None:
+            sparse.setdefault(call.stats.density.device, []).append((call, call.stats))
+    for group in sparse.values():
+        sizes = [stats.density.numel() for _, stats in group]
+        densities = torch.cat([stats.density.flatten() for _, stats in group]).cpu().split(sizes)
+        pairs = torch.cat([stats.level_pairs.flatten(0, -2) for _, stats in group]).cpu().split(sizes)
+        for (call, _), *numbers in zip(group, densities, pairs, strict=True):
+            call.stats = PSAStats(*numbers)
+    return [call.read() for call in calls]
 
 
 @dataclass
@@ -285,13 +330,13 @@ class Session:
         return None
 
     @contextmanager
-    def timed_dense(self, device: torch.device, tokens: int, block: int) -> Iterator[None]:
-        """Time a video self-attention call that stays dense."""
-        watch = Stopwatch(device)
+    def timed_dense(self, q: Tensor, tokens: int, block: int) -> Iterator[None]:
+        """Time a video self-attention call that stays dense; q's first dimension is the batch."""
+        watch = Stopwatch(q.device)
         yield
         watch.stop()
         with self._counting:
-            self._pending.append(_PendingCall(self._steps, block, tokens, watch, None))
+            self._pending.append(_PendingCall(self._steps, block, tokens, q.shape[0], watch, None))
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, scale: float | None, block: int
@@ -323,7 +368,7 @@ class Session:
                 )
                 watch.stop()
                 with self._counting:
-                    self._pending.append(_PendingCall(self._steps, block, layout.tokens, watch, stats))
+                    self._pending.append(_PendingCall(self._steps, block, layout.tokens, q.shape[0], watch, stats))
                     self._current_step.sparse += 1
         except InterruptProcessingException:
             raise
@@ -367,7 +412,7 @@ class Session:
             calls=tuple(self._calls),
         )
         _log.info("PSA %s: %s", record.title, record)
-        self._say(str(record))
+        self._say(*record.summary())
         return record
 
     @property
@@ -412,7 +457,7 @@ class Session:
         _log.warning("PSA %s: attention is dense for the rest of this run: %s%s", title, reason, trace)
 
     def _read_pending(self) -> None:
-        self._calls += [call.read() for call in self._pending]
+        self._calls += _read(self._pending)
         self._pending.clear()
 
     def _mean_density(self) -> float | None:
@@ -424,26 +469,23 @@ class Session:
             return
         self._steps += 1
         self._dense_calls.update(step.dense)
-        state = f"dense, {step.dense.most_common(1)[0][0]}" if step.dense else "no attention call"
+        lines = ["no attention call"] if not step.dense else ["dense", step.dense.most_common(1)[0][0]]
         if step.sparse:
             self._sparse_steps += 1
             self._sparse_calls += step.sparse
-            state = "sparse"
+            lines = ["sparse"]
             if readable:
                 # Dense steps before it wait for this one, so that they never wait for the device themselves.
                 self._read_pending()
-                ratio = speedup(self._calls)
-                faster = "" if ratio is None else f", {ratio:.1f}x dense speed"
-                state = f"sparse, density so far {self._mean_density():.3f}{faster}"
-        text = f"step {self._steps}: {state}"
+                lines += [f"density so far {self._mean_density():.2f}", compared_with_dense(self._calls)]
+        first, *others = filter(None, lines)
         if self.settings.verbose:
             counts = f"sigma {step.sigma:.4f}, {step.sparse} sparse and {step.dense.total()} dense calls"
-            _log.info("PSA %s: %s (%s)", self.settings.title, text, counts)
-        self._say(text)
+            _log.info("PSA %s: step %d: %s (%s)", self.settings.title, self._steps, ", ".join([first, *others]), counts)
+        self._say(f"step {self._steps}: {first}", *others)
 
-    def _say(self, text: str) -> None:
-        lines = (f"PSA {self.settings.title}", text, self.settings.note)
-        self._report("\n".join(filter(None, lines)))
+    def _say(self, *lines: str) -> None:
+        self._report("\n".join(filter(None, (f"PSA {self.settings.title}", *lines, self.settings.note))))
 
     def _unused_cause(self) -> str:
         if self._sparse_calls or self._dense_calls:

@@ -81,7 +81,7 @@ def identify(model: torch.nn.Module) -> ModelFacts:
     blocks = len(model.blocks)
     if side_blocks := _side_blocks(model):
         numbering = f"its VACE blocks count as blocks {blocks} to {blocks + len(side_blocks) - 1}"
-        note = f"{note}; {numbering}" if note else numbering
+        note = f"{note}\n{numbering}" if note else numbering
     return ModelFacts(family.preset_family, note, blocks + len(side_blocks))
 
 

@@ -67,14 +67,33 @@ class Frontend:
             [node_type, mode],
         )
 
-    def place(self, title: str, left: float, top: float, width: float, height: float) -> None:
-        """Move and resize the nodes of a title, in the graph's own units."""
+    def place(self, name: str, left: float, top: float, width: float, height: float) -> None:
+        """Move and resize the nodes of a title or type, in the graph's own units."""
         self.page.evaluate(
-            """([title, pos, size]) => {
-                for (const node of app.graph.nodes.filter((node) => node.title === title))
+            """([name, pos, size]) => {
+                for (const node of app.graph.nodes.filter((node) => [node.title, node.type].includes(name)))
                     Object.assign(node, { pos, size })
             }""",
-            [title, [left, top], [width, height]],
+            [name, [left, top], [width, height]],
+        )
+
+    def add(self, node_type: str, links: dict[str, tuple[str, int]], place: tuple[float, float, float, float]) -> None:
+        """Add a node.
+
+        Args:
+            node_type: Its type.
+            links: For each input, the type of the node to connect and the number of its output.
+            place: Left, top, width and height, in the graph's own units.
+        """
+        self.page.evaluate(
+            """([type, links, [left, top, width, height]]) => {
+                const node = LiteGraph.createNode(type)
+                app.graph.add(node)
+                Object.assign(node, { pos: [left, top], size: [width, height] })
+                for (const [name, [source, output]] of Object.entries(links))
+                    app.graph.nodes.find((node) => node.type === source).connect(output, node, name)
+            }""",
+            [node_type, links, list(place)],
         )
 
     def node_types(self) -> list[str]:

@@ -224,9 +224,14 @@ def nobody_knows_whether_it_is_on(model: Any) -> None:
         node = type("WithHidden", (PSAAttentionPatch,), {"hidden": SimpleNamespace(unique_id="7")})
         sample(node.execute(model, "balanced", **SPARSE | {"start_percent": 0.5}).args[0])
     assert len(lines) == 1
-    for text in (lines[0], sent[-1]):
-        for fact in ("4 sparse calls (mean density 0.", "4 dense calls (4 before start_percent 0.5)", "finished after"):
-            assert fact in text
+    for fact in ("4 sparse calls (mean density 0.", "4 dense calls (4 before start_percent 0.5)", "finished after"):
+        assert fact in lines[0]
+    for fact in (
+        "2 of 4 steps sparse\nmean density 0.",
+        "dense calls: 4\nbefore start_percent 0.5\n",
+        "finished after",
+    ):
+        assert fact in sent[-1]
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -94,6 +95,11 @@ def status(run: Run) -> str:
     return run.texts[-1][1]
 
 
+def last_line(server: ComfyServer) -> str:
+    """The line that the latest patched run wrote to the log."""
+    return re.findall(r"PSA .* after [\d.]+ s", server.log())[-1]
+
+
 def test_both_nodes_are_there_with_a_tooltip_on_every_input(server: ComfyServer) -> None:
     info = server.object_info()
     for name in ("PSAAttentionPatch", "PSAPresetLoader"):
@@ -126,14 +132,15 @@ def test_every_node_and_input_of_a_workflow_exists(server: ComfyServer, path: Pa
 def test_a_patched_run_at_error_weight_zero_is_the_dense_one(server: ComfyServer, dense: Tensor) -> None:
     run = server.run(prompt(SPARSE | {"error_weight": 0.0}))
     assert distance(latent(server, run), dense) < 1e-5
-    assert f"{STEPS * BLOCKS} sparse calls (mean density 1.000, reference); 0 dense calls" in status(run)
+    assert f"{STEPS * BLOCKS} sparse calls (mean density 1.000, reference); 0 dense calls" in last_line(server)
+    assert f"\n{STEPS} of {STEPS} steps sparse\nmean density 1.00 (reference)\nfinished after" in status(run)
 
 
 def test_a_balanced_run_is_sparse_and_near_the_dense_one(server: ComfyServer, dense: Tensor) -> None:
     run = server.run(prompt(SPARSE | {"error_weight": 0.02}))
     out = latent(server, run)
     assert 0 < distance(out, dense) < 0.2
-    counts = re.search(r"(\d+) sparse calls \(mean density (0\.\d+), reference\)", status(run))
+    counts = re.search(r"(\d+) sparse calls \(mean density (0\.\d+), reference\)", last_line(server))
     assert counts is not None and int(counts[1]) == STEPS * BLOCKS and float(counts[2]) < 0.9
     (line,) = (line for line in server.log().splitlines() if counts[0] in line)
     assert "PSA wan2.1_1.3b balanced: " in line
@@ -143,7 +150,7 @@ def test_a_balanced_run_is_sparse_and_near_the_dense_one(server: ComfyServer, de
 def test_off_and_removal_leave_nothing_behind(server: ComfyServer, dense: Tensor) -> None:
     off = server.run(prompt(SPARSE | {"preset": "off"}))
     assert torch.equal(latent(server, off), dense)
-    assert status(off) == "PSA off: attention is left as it is"
+    assert status(off) == "PSA off: nothing is changed"
     server.run(prompt(SPARSE | {"error_weight": 0.5}))
     again = server.run(sampled_anew(prompt(None)))
     assert node_id(prompt(None), "KSampler") in again.node_seconds
@@ -154,7 +161,7 @@ def test_off_and_removal_leave_nothing_behind(server: ComfyServer, dense: Tensor
 def test_a_cpu_stays_dense_by_itself_and_says_why(server: ComfyServer, dense: Tensor) -> None:
     run = server.run(prompt(SPARSE | {"backend": "auto"}))
     assert torch.equal(latent(server, run), dense)
-    assert "PSA is made for NVIDIA GPUs" in status(run)
+    assert "PSA is made for NVIDIA GPUs" in status(run).replace("\n", " ")
 
 
 @pytest.mark.parametrize("cfg", [1.0, 6.0])
@@ -162,7 +169,7 @@ def test_one_condition_or_both_in_a_batch(server: ComfyServer, cfg: float) -> No
     plain = latent(server, server.run(prompt(None, seed=2, cfg=cfg)))
     exact = server.run(prompt(SPARSE | {"error_weight": 0.0}, seed=2, cfg=cfg))
     assert distance(latent(server, exact), plain) < 1e-5
-    assert f"{STEPS * BLOCKS} sparse calls" in status(exact)
+    assert f"{STEPS * BLOCKS} sparse calls" in last_line(server)
 
 
 def test_a_run_after_an_interrupted_one_knows_nothing_of_it(server: ComfyServer) -> None:
@@ -173,8 +180,9 @@ def test_a_run_after_an_interrupted_one_knows_nothing_of_it(server: ComfyServer)
     # The patch itself comes from ComfyUI's cache now: the same object runs again.
     after = server.run(prompt(patch, seed=4))
     assert node_id(prompt(patch), "PSAAttentionPatch") not in after.node_seconds
-    assert f"{STEPS * (BLOCKS - 1)} sparse calls" in status(after)
-    assert f"{STEPS} dense calls ({STEPS} in dense_blocks); {STEPS} of {STEPS} steps sparse" in status(after)
+    assert f"{STEPS * (BLOCKS - 1)} sparse calls" in last_line(server)
+    assert f"{STEPS} dense calls ({STEPS} in dense_blocks); {STEPS} of {STEPS} steps sparse" in last_line(server)
+    assert f"dense calls: {STEPS}\nin dense_blocks\n" in status(after)
     fresh = server.run(prompt(patch | {"verbose": True}, seed=4))
     assert torch.equal(latent(server, after), latent(server, fresh))
 
@@ -183,8 +191,8 @@ def test_one_patch_renders_one_resolution_after_another(server: ComfyServer) -> 
     patch = SPARSE | {"error_weight": 0.0, "end_percent": 0.99}
     for size, tokens in (((160, 96, 9), 3 * 6 * 10), (SIZE, 320)):
         run = server.run(prompt(patch, seed=5, size=size))
-        assert f"{STEPS * BLOCKS} sparse calls" in status(run)
-        assert f"; {tokens} tokens;" in status(run)
+        assert f"{STEPS * BLOCKS} sparse calls" in last_line(server)
+        assert f"; {tokens} tokens;" in last_line(server)
         plain = server.run(prompt(None, seed=5, size=size))
         assert distance(latent(server, run), latent(server, plain)) < 1e-5
 
@@ -193,6 +201,53 @@ def test_the_preset_loaders_preset_wins(server: ComfyServer) -> None:
     nodes = prompt(SPARSE | {"custom_preset": ["loader", 0]}, seed=6)
     nodes["loader"] = {"class_type": "PSAPresetLoader", "inputs": {"preset": "wan2.1_14b/fast"}}
     assert status(server.run(nodes)).startswith("PSA wan2.1_14b fast\n")
+
+
+def test_the_status_is_in_the_users_language(server: ComfyServer) -> None:
+    nodes = prompt(SPARSE | {"start_percent": 0.5, "error_weight": 0.02}, seed=8)
+    english = status(server.run(nodes))
+    assert "dense calls: 6\nbefore start_percent 0.5\n" in english
+    server.post("/settings/Comfy.Locale", "zh")
+    try:
+        chinese = status(server.run(sampled_anew(nodes)))
+    finally:
+        server.post("/settings/Comfy.Locale", "en")
+    assert f"{STEPS} 步中 2 步稀疏\n" in chinese
+    assert "稠密调用 6 次：\n早于 start_percent 0.5\n" in chinese
+    assert "6 dense calls (6 before start_percent 0.5)" in last_line(server)
+
+
+def with_report(nodes: Prompt, **inputs: Any) -> Prompt:
+    """The prompt with a PSA Report between the sampler and what follows."""
+    report = {"samples": [node_id(nodes, "KSampler"), 0], "model": [node_id(nodes, "ModelSamplingSD3"), 0]}
+    longer: Prompt = json.loads(json.dumps(nodes))
+    longer["save"]["inputs"]["samples"] = ["report", 0]
+    longer["report"] = {"class_type": "PSAReport", "inputs": {"theme": "light", **report, **inputs}}
+    longer["text"] = {"class_type": "PreviewAny", "inputs": {"source": ["report", 2]}}
+    return longer
+
+
+def test_a_report_follows_the_sampler(server: ComfyServer) -> None:
+    plain = latent(server, server.run(prompt(SPARSE | {"start_percent": 0.5}, seed=9)))
+    run = server.run(with_report(prompt(SPARSE | {"start_percent": 0.5}, seed=9), theme="dark"))
+    assert torch.equal(latent(server, run), plain)
+    (text,) = run.outputs["text"]["text"]
+    assert "2 of 4 steps sparse\n" in text and "dense: 6 before start_percent 0.5\n" in text
+    (image,) = run.outputs["report"]["images"]
+    with Image.open(server.base / "temp" / image["subfolder"] / image["filename"]) as picture:
+        assert picture.width == 1024 and 500 < picture.height < 1400
+    # Another seed is another run; the same prompt is none, and what is shown stays.
+    other = server.run(with_report(prompt(SPARSE | {"start_percent": 0.5}, seed=10), theme="dark"))
+    assert "report" in other.node_seconds
+    again = server.run(with_report(prompt(SPARSE | {"start_percent": 0.5}, seed=10), theme="dark"))
+    assert "report" not in again.node_seconds
+    assert again.outputs["report"]["images"] == other.outputs["report"]["images"]
+    assert again.outputs["text"] == other.outputs["text"]
+
+
+def test_a_report_without_a_patch_says_so(server: ComfyServer) -> None:
+    run = server.run(with_report(prompt(None, seed=9)))
+    assert run.outputs["text"]["text"][0].startswith("PSA is not on this model\n")
 
 
 def test_a_picture_comes_out_at_the_end(server: ComfyServer) -> None:

@@ -426,12 +426,12 @@ def test_the_node_shows_its_status(model: Any, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=server))
     node = type("WithHidden", (PSAAttentionPatch,), {"hidden": SimpleNamespace(unique_id="7")})
     patched = node.execute(model, "balanced", **SPARSE).args[0]
-    note = "no released Wan has width 256 and 2 blocks; Wan 2.1 1.3B is the nearest"
+    note = "no released Wan has width 256\nand 2 blocks; Wan 2.1 1.3B is\nthe nearest"
     assert sent == [("7", f"PSA wan2.1_1.3b balanced\n{note}")]
     sample(patched)
     assert len(sent) == 1 + 4 + 1
-    assert "step 1: sparse, density" in sent[1][1]
-    assert "8 sparse calls" in sent[-1][1]
+    assert "step 1: sparse\ndensity so far 0." in sent[1][1]
+    assert "4 of 4 steps sparse\nmean density 0." in sent[-1][1]
     assert all(node_id == "7" and text.endswith(note) for node_id, text in sent)
 
 

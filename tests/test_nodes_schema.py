@@ -40,6 +40,7 @@ def test_the_nodes_are_there_in_their_categories(nodes: dict[str, Any]) -> None:
         "PSAAttentionPatch": "model/patch",
         "PSAPresetLoader": "model/patch",
         "PSAPreset": "model/patch",
+        "PSAReport": "model/patch",
         "PSALoadCogVideoX": "model/loaders",
         "PSALoadCogVideoXLoRA": "model/loaders",
     }
