@@ -68,6 +68,7 @@ def run_of(calls: list[Any], **changes: Any) -> Any:
         "sparse_steps": len({entry.step for entry in calls if entry.density is not None}),
         "sparse_calls": len(sparse),
         "dense_calls": {"in dense_blocks": len(calls) - len(sparse)} if len(sparse) < len(calls) else {},
+        "dense_attention": "",
         "other_calls": 0,
         "density": float(np.mean(sparse)) if sparse else None,
         "tokens": 96,

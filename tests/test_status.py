@@ -53,6 +53,7 @@ def record(**changes: Any) -> Any:
         "sparse_steps": 14,
         "sparse_calls": 42,
         "dense_calls": {"before start_percent 0.3": 18},
+        "dense_attention": "",
         "other_calls": 60,
         "density": 0.507,
         "tokens": 1920,
