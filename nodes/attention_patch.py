@@ -27,6 +27,9 @@ OFF = "off"
 KEEP = -1
 """Value of a numeric input that leaves the preset's own in place."""
 
+PROBE_KEY = "psa_quality_probe"
+"""Where a run's ``transformer_options`` hold the probe that watches it."""
+
 _KEY = "psa_attention"
 
 _T = TypeVar("_T")
@@ -55,7 +58,7 @@ class AttentionPatch:
         guider = executor.class_obj
         options = guider.model_options.setdefault("transformer_options", {})
         model_sampling = guider.model_patcher.get_model_object("model_sampling")
-        session = Session(self.settings, model_sampling.percent_to_sigma, self._report)
+        session = Session(self.settings, model_sampling.percent_to_sigma, self._report, options.get(PROBE_KEY))
         outcome = "failed"
         try:
             with replaced(options, {_KEY: session}):
@@ -95,8 +98,15 @@ def _begin_model_call(
         return options, {}
     session.begin_model_call(sigma, sequence.layout)
     override = AttentionOverride(session, sequence, options.get(OVERRIDE_KEY))
-    blocks = len(executor.class_obj.blocks) if session.settings.dense_blocks else 0
+    named = session.settings.dense_blocks or session.probe is not None
+    blocks = len(executor.class_obj.blocks) if named else 0
     return options, override.entries(options, track_blocks=blocks)
+
+
+def patch_of(model: ModelPatcher) -> AttentionPatch | None:
+    """The patch on a model; None without one."""
+    wrappers = model.get_wrappers(WrappersMP.OUTER_SAMPLE, _KEY)
+    return wrappers[0].__self__ if wrappers else None
 
 
 def detach(model: ModelPatcher) -> None:
@@ -157,7 +167,7 @@ class PSAAttentionPatch(io.ComfyNode):
         verbose: bool = False,
     ) -> io.NodeOutput:
         patched = model.clone()
-        report = _status_line(cls.hidden.unique_id if cls.hidden else None)
+        report = status_line(cls.hidden.unique_id if cls.hidden else None)
         if preset == OFF:
             detach(patched)
             report("PSA off: attention is left as it is")
@@ -306,7 +316,7 @@ def _checked_backend(name: str) -> str:
     return name
 
 
-def _status_line(node_id: str | None) -> Callable[[str], None]:
+def status_line(node_id: str | None) -> Callable[[str], None]:
     """What shows a text on the node; nobody sees it where ComfyUI runs without its server."""
 
     def report(text: str) -> None:
