@@ -49,12 +49,8 @@ class PSACompare(io.ComfyNode):
     @classmethod
     def execute(cls, dense: Tensor, psa: Tensor) -> io.NodeOutput:
         if dense.shape[:3] != psa.shape[:3]:
-            shown = " and ".join(
-                f"{video.shape[0]} frames of {video.shape[2]}x{video.shape[1]}" for video in (dense, psa)
-            )
-            raise ValueError(
-                f"psa: the videos differ in length or size ({shown}); only the same of both can be compared"
-            )
+            sizes = [f"{frames} frames of {width}x{height}" for frames, height, width, _ in (dense.shape, psa.shape)]
+            raise ValueError(f"psa: {sizes[1]} cannot be compared with {sizes[0]} of dense; length and size must agree")
         if min(dense.shape[1:3]) < SSIM_WINDOW:
             raise ValueError(
                 f"dense: frames of {dense.shape[2]}x{dense.shape[1]} are smaller than SSIM's window, "
@@ -71,13 +67,13 @@ class PSACompare(io.ComfyNode):
 
 
 def to_bytes(frame: Tensor) -> Tensor:
-    """A frame as ComfyUI saves it: values of 0 to 1 become whole numbers of 0 to 255 (float64)."""
-    return (frame.double() * _PEAK).clamp(0, _PEAK).floor()
+    """A frame as ComfyUI saves it: values of 0 to 1 become whole numbers of 0 to 255."""
+    return (frame * _PEAK).clamp(0, _PEAK).to(torch.uint8)
 
 
 def squared_difference(a: Tensor, b: Tensor) -> float:
-    """Mean squared difference of two frames."""
-    return float((a - b).square().mean())
+    """Mean squared difference of two frames of bytes."""
+    return float((a.double() - b.double()).square().mean())
 
 
 def psnr(difference: float) -> float:
@@ -86,13 +82,13 @@ def psnr(difference: float) -> float:
 
 
 def ssim(a: Tensor, b: Tensor) -> float:
-    """Structural similarity of two frames ``[height, width, channels]`` with values of 0 to 255.
+    """Structural similarity of two frames of bytes ``[height, width, channels]``.
 
     Means over windows of 7 x 7 that lie inside the frame, sample covariance, mean of the channels.
 
     Source: Z. Wang et al., "Image quality assessment: from error visibility to structural similarity", 2004.
     """
-    a, b = a.movedim(-1, 0), b.movedim(-1, 0)
+    a, b = a.movedim(-1, 0).double(), b.movedim(-1, 0).double()
 
     def mean(picture: Tensor) -> Tensor:
         return avg_pool2d(picture, SSIM_WINDOW, stride=1)
@@ -113,7 +109,7 @@ def _figures(difference: float, similarity: float) -> str:
 
 def _draw(pairs: list[tuple[Tensor, Tensor]], differences: list[float], similarities: list[float], text: str) -> Tensor:
     """Each pair side by side under its labels and above the figures of the whole ``[frames, H, W, 3]``, 0 to 1."""
-    height, width, _ = pairs[0][0].shape
+    width = pairs[0][0].shape[1]
     bar = max(width // 16, 16)
     below = _bar(text, 2 * width, bar)
     pictures = []

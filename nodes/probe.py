@@ -18,8 +18,8 @@ from ..psa_core.attention import PSAStats
 from .session import Stopwatch
 
 SPREAD = (1 / 16, 1 / 4, 1, 4, 16)
-"""Error weights that are tried, as multiples of the running one. The error grows with about the third root of the weight
-(docs/presets.md), so they reach from two fifths to two and a half times the running error."""
+"""Error weights that are tried, as multiples of the running one. The error grows with about the third root of the
+weight (docs/presets.md), so they reach from two fifths to two and a half times the running error."""
 
 USUAL_WEIGHT = 0.0017
 """What they are multiples of where the running weight is 0, and attention exact."""
@@ -80,7 +80,7 @@ class Probe:
         self._recording = threading.Lock()  # one thread for each GPU that a batch is spread over
 
     def begin_model_call(self) -> None:
-        """Note when the first model call began; loading the model is no part of the time that probing is set against."""
+        """Note when the first model call began: loading the model is no part of the time of sampling."""
         if self._began is None:
             self._began = time.perf_counter()
 
@@ -153,7 +153,7 @@ class Probe:
         attend: Callable[..., tuple[Tensor, PSAStats]],
         dense: Callable[[], Tensor],
     ) -> Tensor:
-        """Norm of the dense output and 0, then error and density of every config ``[2, 1 + configs]``, on the device."""
+        """Norm of the dense output and 0, then error and density of every config ``[2, 1 + configs]``."""
         reference = dense()
         size = _norm(reference)
         errors, densities = [size], [torch.zeros_like(size)]

@@ -1,4 +1,4 @@
-"""PSA Quality Probe: samples as KSampler does, and finds out what error the patch makes and which settings would suit."""
+"""PSA Quality Probe: samples as KSampler does, measures the error of the patch, and suggests settings."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class PSAQualityProbe(io.ComfyNode):
             display_name="PSA Quality Probe",
             category="sampling",
             description=(
-                "Takes KSampler's place for one run and tells how far PSA's attention is from dense attention, in which "
-                "blocks and steps. From that it suggests error_weight and dense_blocks for the error that you want, "
-                "as text and as a preset. The latent is the one that KSampler would give; the run takes longer."
+                "Takes KSampler's place for one run and measures how far PSA's attention is from dense attention, in "
+                "which blocks and steps. From that it suggests error_weight and dense_blocks for the error that you "
+                "want, as text and as a preset. The latent is the one that KSampler would give; the run takes longer."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The model with PSA Attention Patch. The node works on a copy of it."),
@@ -104,8 +104,8 @@ class PSAQualityProbe(io.ComfyNode):
                     "psa_preset",
                     display_name="preset",
                     tooltip=(
-                        "The patch's preset with the suggested values, for custom_preset of PSA Attention Patch, or for "
-                        "PSA Preset to save it."
+                        "The patch's preset with the suggested values, for custom_preset of PSA Attention Patch, or "
+                        "for base of PSA Preset, which saves it."
                     ),
                 ),
             ],
@@ -253,9 +253,9 @@ def _nothing_measured(probe: Probe, record: RunRecord | None) -> str:
         return "Nothing was sampled, so nothing was measured. The preset is unchanged."
     if not record.sparse_calls:
         return f"No attention call was sparse, so nothing was measured and the preset is unchanged. The run: {record}"
-    if not probe.dropped and not probe.not_finite:
-        return f"None of the {record.sparse_calls} sparse calls was in the share; give a larger one. The preset is unchanged."
-    return "No comparison gave a number, so the preset is unchanged."
+    if probe.dropped or probe.not_finite:
+        return "No comparison gave a number. The preset is unchanged."
+    return f"None of the {record.sparse_calls} sparse calls was in the share; raise it. The preset is unchanged."
 
 
 def _values(settings: PatchSettings, suggestion: Suggestion) -> str:
@@ -307,12 +307,14 @@ def _table_of_weights(probe: Probe) -> str:
 
 
 def _table_of_blocks(probe: Probe) -> str:
-    """Mean errors by groups of blocks and of steps, and the blocks with the largest; of this run, if it was not exact."""
+    """Mean errors by groups of blocks and of steps, and the blocks with the largest ones.
+
+    They are those of the run; where that was exact, those of the weight in the middle.
+    """
     place = len(probe.configs) // 2 if probe.running is None else probe.running
     steps = _groups(sorted({call.step for call in probe.calls}), _TABLE_COLUMNS)
     blocks = by_block(probe.calls)
-    heading = [f"steps {_range_text(group[0] + 1, group[-1] + 1)}" for group in steps]
-    rows = [("blocks", *heading, "all")]
+    rows = [("blocks", *(_plural("step", group[0] + 1, group[-1] + 1) for group in steps), "all")]
     for group in _groups(list(blocks), _TABLE_ROWS):
         own = [call for block in group for call in blocks[block]]
         cells = [_mean_error([call for call in own if call.step in chosen], place) for chosen in steps]
@@ -329,15 +331,16 @@ def _cost(probe: Probe, record: RunRecord | None) -> str:
     lines = []
     if probe.calls and record is not None:
         lines.append(
-            f"{len(probe.calls)} of {record.sparse_calls} sparse calls were compared. Probing took {probe.seconds:.1f} s of "
-            f"{probe.elapsed:.1f} s of sampling: the run was {probe.slowdown:.2f} times as long as without."
+            f"{len(probe.calls)} of {record.sparse_calls} sparse calls were compared. Probing took "
+            f"{probe.seconds:.1f} s of {probe.elapsed:.1f} s of sampling: the run was {probe.slowdown:.2f} times as "
+            "long as without."
         )
     for reason, count in probe.dropped.items():
         lines.append(f"{count} comparisons were given up {reason}.")
     if probe.not_finite:
         lines.append(
-            f"{probe.not_finite} comparisons gave no finite error and are left out; in {probe.dense_not_finite} of them "
-            "dense attention itself was not finite."
+            f"{probe.not_finite} comparisons gave no finite error and are left out; in {probe.dense_not_finite} of "
+            "them dense attention itself was not finite."
         )
     return "\n".join(lines)
 
@@ -361,6 +364,10 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, "-|-".join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+def _plural(word: str, first: int, last: int) -> str:
+    return f"{word if first == last else word + 's'} {_range_text(first, last)}"
 
 
 def _range_text(first: int, last: int) -> str:

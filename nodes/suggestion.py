@@ -52,8 +52,8 @@ class Curve:
         return cls(weights, np.mean(errors, axis=0), np.mean(densities, axis=0))
 
     def weight_for(self, wanted: float) -> float | None:
-        """Weight at which the error is the wanted one, in three digits, on straight lines between logarithms; the nearest
-        one tried where no weight gave such an error."""
+        """Weight at which the error is the wanted one, in three digits, on straight lines between logarithms; the
+        nearest one tried where no weight gave such an error."""
         if None in self.weights:
             return None
         # More weight is never less error; where it was measured so, by chance, the line is flat.
@@ -74,7 +74,8 @@ def suggest(calls: Sequence[ProbedCall], weights: tuple[float | None, ...], want
 
     Args:
         calls: What was measured; at least one call.
-        weights: Error weight of each of a call's errors, ascending; one None for a preset that does not select by error.
+        weights: Error weight of each of a call's errors, ascending; one None for a preset that does not select by
+            error.
         wanted: Relative L2 error of attention.
     """
     weight = Curve.of(calls, weights).weight_for(wanted)
