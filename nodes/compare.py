@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from .attention_patch import status_line
+
 SSIM_WINDOW = 7
 
 _PEAK = 255.0
@@ -44,6 +46,7 @@ class PSACompare(io.ComfyNode):
                     tooltip="PSNR and SSIM of the whole video and of the frame that differs most.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -63,6 +66,7 @@ class PSACompare(io.ComfyNode):
         whole = _figures(float(np.mean(differences)), float(np.mean(similarities)))
         text = f"{len(pairs)} frames: {whole}; worst, frame {worst + 1}: "
         text += _figures(differences[worst], similarities[worst])
+        status_line(cls.hidden.unique_id if cls.hidden else None)(text)
         return io.NodeOutput(_draw(pairs, differences, similarities, text), text)
 
 
