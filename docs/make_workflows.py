@@ -151,8 +151,9 @@ class Graph:
         output["links"] = [*(output["links"] or []), len(self.links)]
         return len(self.links)
 
-    def save(self, name: str) -> None:
-        workflow = {
+    def document(self, name: str) -> dict[str, Any]:
+        """The workflow as the frontend loads it."""
+        return {
             "id": str(uuid.uuid5(uuid.NAMESPACE_URL, name)),
             "revision": 0,
             "last_node_id": len(self.nodes),
@@ -164,6 +165,9 @@ class Graph:
             "extra": {"ds": {"scale": 0.6, "offset": [520, 120]}},
             "version": 0.4,
         }
+
+    def save(self, name: str) -> None:
+        workflow = self.document(name)
         (WORKFLOWS / f"{name}.json").write_text(json.dumps(workflow, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -192,8 +196,9 @@ def finish(graph: Graph, name: str, samples: Output, vae: Output, fps: int, titl
 
 
 def save_video(graph: Graph, name: str, images: Output, fps: int, title: str, numbers: str) -> None:
-    y = 160 if graph.nodes[images[0] - 1]["type"] == "VAEDecode" else 540
-    video = graph.add("CreateVideo", (1460, y), (220, 78), images=images, fps=fps)
+    left, top = graph.nodes[images[0] - 1]["pos"]
+    below = top + graph.nodes[images[0] - 1]["size"][1] + 54
+    video = graph.add("CreateVideo", (left, below), (220, 78), images=images, fps=fps)
     graph.add("SaveVideo", (1720, 60), (480, 420), video=video, filename_prefix=f"video/{name}")
     models = "\n".join(f"- [{file}]({url}) → `models/{folder}`" for file, url, folder in graph.models)
     graph.note(
@@ -257,13 +262,15 @@ def compare_wan21(info: dict[str, Any]) -> None:
     latent = graph.add("EmptyHunyuanLatentVideo", (720, 460), (340, 130), width=832, height=480, length=81)
     vae = load_vae(graph, WAN_VAE, (720, 650))
     videos = []
-    for y, title, source in ((60, "Dense", dense), (400, "PSA", patched)):
+    for row, title, source in ((0, "Dense", dense), (1, "PSA", patched)):
         samples = graph.add(
-            "KSampler", (1100, y), (320, 262), title, model=source, positive=positive, negative=negative,
+            "KSampler", (1100, 60 + 340 * row), (320, 262), title, model=source, positive=positive, negative=negative,
             latent_image=latent, seed=seed, steps=50, cfg=5, sampler_name="uni_pc", scheduler="simple",
         )  # fmt: skip
-        videos.append(graph.add("VAEDecode", (1460, y), (220, 46), f"{title} video", samples=samples, vae=vae))
-    images = graph.add("PSACompare", (1460, 160), (220, 100), dense=videos[0], psa=videos[1])
+        videos.append(
+            graph.add("VAEDecode", (1460, 60 + 100 * row), (220, 46), f"{title} video", samples=samples, vae=vae)
+        )
+    images = graph.add("PSACompare", (1460, 260), (220, 200), dense=videos[0], psa=videos[1])
     numbers = (
         "Both samplers have the same seed, prompts and settings; one gets the model without PSA, the other with it. "
         "**PSA Compare** writes PSNR and SSIM on every frame, and those of the whole below. Change the preset of the "

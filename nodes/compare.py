@@ -129,6 +129,6 @@ def _bar(text: str, width: int, height: int) -> Tensor:
     bar = Image.new("RGB", (width, height))
     draw = ImageDraw.Draw(bar)
     size = 0.7 * height
-    size = max(min(size, size * 0.95 * width / draw.textlength(text, ImageFont.load_default(size))), 6)
-    draw.text((width / 2, height / 2), text, "white", ImageFont.load_default(size), anchor="mm")
+    size *= min(0.95 * width / draw.textlength(text, ImageFont.load_default(size)), 1)
+    draw.text((width / 2, height / 2), text, "white", ImageFont.load_default(max(int(size), 6)), anchor="mm")
     return torch.from_numpy(np.asarray(bar).copy()).float() / _PEAK

@@ -270,7 +270,7 @@ def _values(settings: PatchSettings, suggestion: Suggestion) -> str:
         lines.append(f"dense_blocks: {dense_blocks_text(settings, suggestion)}")
     else:
         lines.append("dense_blocks: leave as it is, no block stands out")
-    return "\n".join(lines)
+    return "\n\n".join(lines)  # as Markdown, which Preview as Text shows, they would share a line otherwise
 
 
 def _expectation(probe: Probe, settings: PatchSettings, suggestion: Suggestion, wanted: float) -> str:
