@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import comfy.samplers
@@ -225,10 +225,7 @@ def dense_blocks_text(settings: PatchSettings, suggestion: Suggestion) -> str:
     """Every block that should be dense, as the patch's input takes it; the preset's own words where none is added."""
     if not suggestion.dense_blocks:
         return str(settings.preset.schedule.dense_blocks)
-    blocks = sorted(settings.dense_blocks | set(suggestion.dense_blocks))
-    ends = [index for index, block in enumerate(blocks) if block + 1 not in blocks]
-    starts = [0, *(end + 1 for end in ends[:-1])]
-    return ", ".join(_range_text(blocks[first], blocks[last]) for first, last in zip(starts, ends, strict=True))
+    return _ranges_text(settings.dense_blocks | set(suggestion.dense_blocks))
 
 
 def describe(
@@ -335,6 +332,9 @@ def _cost(probe: Probe, record: RunRecord | None) -> str:
             f"{probe.seconds:.1f} s of {probe.elapsed:.1f} s of sampling: the run was {probe.slowdown:.2f} times as "
             "long as without."
         )
+        sparse = {call.block for call in record.calls if call.density is not None}
+        if unseen := sparse - {call.block for call in probe.calls}:
+            lines.append(f"No call of blocks {_ranges_text(unseen)} is among them; a larger share would reach them.")
     for reason, count in probe.dropped.items():
         lines.append(f"{count} comparisons were given up {reason}.")
     if probe.not_finite:
@@ -368,6 +368,12 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 def _plural(word: str, first: int, last: int) -> str:
     return f"{word if first == last else word + 's'} {_range_text(first, last)}"
+
+
+def _ranges_text(blocks: Collection[int]) -> str:
+    firsts = sorted(block for block in blocks if block - 1 not in blocks)
+    lasts = sorted(block for block in blocks if block + 1 not in blocks)
+    return ", ".join(map(_range_text, firsts, lasts))
 
 
 def _range_text(first: int, last: int) -> str:

@@ -249,7 +249,7 @@ def test_every_step_and_every_block_has_its_share(comfyui: Path, share: float, b
     assert set.union(*chosen) == set(range(blocks))
 
 
-def test_dense_attention_that_draws_from_memory_costs_comparisons_only(model: Any) -> None:
+def test_comparisons_that_fail_cost_themselves_only(model: Any) -> None:
     calls = []
 
     def short_of_memory(func: Any, q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -324,6 +324,13 @@ def test_a_sampler_with_no_step_to_take_says_so(model: Any) -> None:
 def test_a_share_that_meets_no_call_says_so(model: Any) -> None:
     _, report, preset = probe(patch(model, **SPARSE, dense_blocks="0"), 0.01, steps=1)
     assert "None of the 3 sparse calls was in the share" in report and preset.name == "balanced"
+
+
+def test_blocks_that_were_not_reached_are_named(model: Any) -> None:
+    _, report, _ = probe(patch(model, **SPARSE), 0.34, steps=1)
+    assert "2 of 4 sparse calls were compared" in report
+    assert "No call of blocks 1-2 is among them; a larger share would reach them." in report
+    assert "No call of" not in probe(patch(model, **SPARSE, dense_blocks="1-2"), 0.34, steps=1)[1]
 
 
 @pytest.mark.parametrize("weight", [0.0, 1e6, 1e-6])
