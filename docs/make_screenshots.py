@@ -15,7 +15,9 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
+from make_workflows import Graph, Output
 from PIL import Image
 
 from browser import Frontend, open_frontend
@@ -61,6 +63,9 @@ def main() -> None:
             with open_frontend(server, 1600, 660, language="zh") as frontend:
                 run(frontend, "node_zh.png")
                 report(frontend, "report_zh.png")
+            with open_frontend(server, 1600, 800) as frontend:
+                probe(frontend)
+                comparison(frontend)
 
 
 def templates(frontend: Frontend) -> None:
@@ -116,6 +121,54 @@ def changed_preset(frontend: Frontend) -> None:
     frontend.click_widget("PSAAttentionPatch", "preset")
     frontend.page.wait_for_timeout(500)
     save(frontend, "preset.png")
+
+
+def probe(frontend: Frontend) -> None:
+    """PSA Quality Probe in the sampler's place, its report beside it."""
+    graph, model, common = demo_graph(frontend)
+    samples = graph.add("PSAQualityProbe", (680, 0), (320, 640), model=model, **common, share=0.2)
+    graph.nodes[-1]["widgets_values"][1] = "fixed"
+    graph.add("PreviewAny", (1040, 0), (560, 640), "Report", source=(samples[0], 1))
+    frontend.load(graph.document("probe"))
+    run_to_the_end(frontend)
+    frontend.fit(left=-110, top=-170, scale=0.9)
+    save(frontend, "probe.png")
+
+
+def comparison(frontend: Frontend) -> None:
+    """The same seed dense and with PSA, side by side."""
+    graph, model, common = demo_graph(frontend)
+    shift = next(node for node in graph.nodes if node["type"] == "ModelSamplingSD3")
+    vae = graph.add("VAELoader", (680, 640), (280, 58), vae_name="wan_demo_vae.safetensors")
+    common["seed"] = graph.add("PrimitiveInt", (330, 460), (300, 82), "Seed of both", value=1)
+    graph.nodes[-1]["widgets_values"] = [1, "fixed"]
+    videos = []
+    for row, title, source in ((0, "Dense", (shift["id"], 0)), (1, "PSA", model)):
+        samples = graph.add("KSampler", (680, 320 * row), (280, 262), title, model=source, **common)
+        videos.append(graph.add("VAEDecode", (1000, 100 * row), (200, 46), f"{title} video", samples=samples, vae=vae))
+    images = graph.add("PSACompare", (1000, 200), (200, 220), dense=videos[0], psa=videos[1])
+    graph.add("SaveAnimatedWEBP", (1240, 0), (560, 420), images=images, fps=16.0, filename_prefix="comparison")
+    frontend.load(graph.document("comparison"))
+    run_to_the_end(frontend)
+    frontend.fit(left=-110, top=-170, scale=0.82)
+    save(frontend, "comparison.png")
+
+
+def demo_graph(frontend: Frontend) -> tuple[Graph, Output, dict[str, Any]]:
+    """The demo's workflow up to the sampler: the graph, the patched model, and what samplers take."""
+    graph = Graph(frontend.server.object_info(), "0.3.75")
+    model = graph.add("UNETLoader", (0, 0), (280, 82), unet_name="wan_demo.safetensors")
+    model = graph.add("ModelSamplingSD3", (0, 130), (280, 58), model=model, shift=3)
+    backend = "reference" if frontend.server.cpu else "auto"
+    model = graph.add(
+        "PSAAttentionPatch", (330, 0), (300, 400), model=model, error_weight=0.004, start_percent=0.3, min_tokens=0,
+        backend=backend,
+    )  # fmt: skip
+    positive = graph.add("PSADemoPrompt", (0, 260), (280, 82), "Positive prompt", subject="bunny")
+    negative = graph.add("PSADemoPrompt", (0, 390), (280, 82), "Negative prompt", subject="nothing")
+    latent = graph.add("EmptyHunyuanLatentVideo", (0, 520), (280, 130), width=384, height=256, length=17)
+    common = {"positive": positive, "negative": negative, "latent_image": latent, "seed": 1, "steps": 20, "cfg": 1.0}
+    return graph, model, common | {"sampler_name": "euler", "scheduler": "simple"}
 
 
 def run_to_the_end(frontend: Frontend) -> None:

@@ -1,4 +1,4 @@
-"""Write the workflows for image to video, for Wan 2.2's two experts and for CogVideoX.
+"""Write the workflows for image to video, for Wan 2.2's two experts, for CogVideoX, and the comparison.
 
     PYTHONPATH=demo python docs/make_workflows.py
 
@@ -60,6 +60,7 @@ THUMBNAILS = {
     "psa_cogvideox1.5_5b": ("CogVideoX 1.5 5B", "text to video"),
 }
 THUMBNAIL_SIDE = 256
+COMPARISON = "psa_compare_wan2.1_1.3b", ("Wan 2.1 1.3B", "dense and PSA compared")
 
 
 class Graph:
@@ -105,9 +106,11 @@ class Graph:
                 continue
             widgets.append(entry | {"widget": {"name": name}, "link": None})
             first = spec[0][:1] if isinstance(spec[0], list) else options.get("options", [])[:1]
-            widget_values.append(values.get(name, options.get("default", first[0] if first else "")))
+            default = options.get("default", first[0] if first else "")
+            linked = isinstance(values.get(name), tuple)
+            widget_values.append(default if linked else values.get(name, default))
             if options.get("control_after_generate"):
-                widget_values.append("randomize")
+                widget_values.append("fixed" if linked else "randomize")
             if options.get("image_upload"):
                 widgets.append(upload(entry))
                 widget_values.append("image")
@@ -116,7 +119,10 @@ class Graph:
                 self._link(values[entry["name"]], node, len(node["inputs"])) if entry["name"] in values else None
             )
             node["inputs"].append(entry)
-        node["inputs"] += widgets
+        for entry in widgets:
+            if isinstance(values.get(entry["name"]), tuple):
+                entry["link"] = self._link(values[entry["name"]], node, len(node["inputs"]))
+            node["inputs"].append(entry)
         for type_, name in zip(described["output"], described["output_name"], strict=True):
             node["outputs"].append({"localized_name": name, "name": name, "type": type_, "links": None})
         if title:
@@ -149,8 +155,9 @@ class Graph:
         output["links"] = [*(output["links"] or []), len(self.links)]
         return len(self.links)
 
-    def save(self, name: str) -> None:
-        workflow = {
+    def document(self, name: str) -> dict[str, Any]:
+        """The workflow as the frontend loads it."""
+        return {
             "id": str(uuid.uuid5(uuid.NAMESPACE_URL, name)),
             "revision": 0,
             "last_node_id": len(self.nodes),
@@ -162,6 +169,9 @@ class Graph:
             "extra": {"ds": {"scale": 0.6, "offset": [520, 120]}},
             "version": 0.4,
         }
+
+    def save(self, name: str) -> None:
+        workflow = self.document(name)
         (WORKFLOWS / f"{name}.json").write_text(json.dumps(workflow, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -186,20 +196,26 @@ def prompts(graph: Graph, encoder: str, kind: str, y: int) -> tuple[Output, Outp
 
 def finish(graph: Graph, name: str, samples: Output, vae: Output, fps: int, title: str, numbers: str) -> None:
     images = graph.add("VAEDecode", (1460, 60), (220, 46), samples=samples, vae=vae)
-    video = graph.add("CreateVideo", (1460, 160), (220, 78), images=images, fps=fps)
+    save_video(graph, name, images, fps, f"{title}, with PSA", numbers)
+
+
+def save_video(graph: Graph, name: str, images: Output, fps: int, title: str, numbers: str) -> None:
+    left, top = graph.nodes[images[0] - 1]["pos"]
+    below = top + graph.nodes[images[0] - 1]["size"][1] + 54
+    video = graph.add("CreateVideo", (left, below), (220, 78), images=images, fps=fps)
     graph.add("SaveVideo", (1720, 60), (480, 420), video=video, filename_prefix=f"video/{name}")
     models = "\n".join(f"- [{file}]({url}) → `models/{folder}`" for file, url, folder in graph.models)
     graph.note(
-        f"## {title}, with PSA\n\n{INTRODUCTION}\n\n**Models** (ComfyUI offers to download what is missing)\n\n{models}"
+        f"## {title}\n\n{INTRODUCTION}\n\n**Models** (ComfyUI offers to download what is missing)\n\n{models}"
         f"\n\n**Where the numbers come from.** {numbers}\n"
     )
     graph.save(name)
 
 
-def load_vae(graph: Graph, url: str, folder: str = "") -> Output:
+def load_vae(graph: Graph, url: str, folder: str = "", pos: tuple[int, int] = (1100, 460)) -> Output:
     """The VAE; a folder of its own in models/vae tells files of one name apart."""
     name = folder + url.rsplit("/", 1)[1]
-    return graph.add("VAELoader", (1100, 460), (320, 58), models=((url, "vae", name),), vae_name=name)
+    return graph.add("VAELoader", pos, (320, 58), models=((url, "vae", name),), vae_name=name)
 
 
 def wan21_i2v(info: dict[str, Any]) -> None:
@@ -235,6 +251,38 @@ def wan21_i2v(info: dict[str, Any]) -> None:
         "PSA code runs Wan 2.1."
     )
     finish(graph, "psa_wan2.1_i2v_14b", samples, vae, 16, "Wan 2.1 image to video, 14B", numbers)
+
+
+def compare_wan21(info: dict[str, Any]) -> None:
+    graph = Graph(info, "0.3.75")
+    url = f"{WAN21}/diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors"
+    model = graph.add(
+        "UNETLoader", (0, 60), (340, 82), models=((url, "diffusion_models"),), unet_name=url.rsplit("/", 1)[1]
+    )
+    seed = graph.add("PrimitiveInt", (0, 200), (340, 82), "Seed of both", value=0)
+    graph.nodes[seed[0] - 1]["widgets_values"] = [0, "fixed"]
+    dense = graph.add("ModelSamplingSD3", (380, 60), (300, 58), model=model, shift=5)
+    patched = graph.add("PSAAttentionPatch", (720, 60), (340, 340), model=dense)
+    positive, negative = prompts(graph, UMT5, "wan", 460)
+    latent = graph.add("EmptyHunyuanLatentVideo", (720, 460), (340, 130), width=832, height=480, length=81)
+    vae = load_vae(graph, WAN_VAE, (720, 650))
+    videos = []
+    for row, title, source in ((0, "Dense", dense), (1, "PSA", patched)):
+        samples = graph.add(
+            "KSampler", (1100, 60 + 340 * row), (320, 262), title, model=source, positive=positive, negative=negative,
+            latent_image=latent, seed=seed, steps=50, cfg=5, sampler_name="uni_pc", scheduler="simple",
+        )  # fmt: skip
+        videos.append(
+            graph.add("VAEDecode", (1460, 60 + 100 * row), (220, 46), f"{title} video", samples=samples, vae=vae)
+        )
+    images = graph.add("PSACompare", (1460, 260), (220, 200), dense=videos[0], psa=videos[1])
+    numbers = (
+        "Both samplers have the same seed, prompts and settings; one gets the model without PSA, the other with it. "
+        "**PSA Compare** writes PSNR and SSIM on every frame, and those of the whole below. Change the preset of the "
+        "patch and run again: the dense video comes from ComfyUI's cache as long as the seed is the same. 832 x 480, "
+        "81 frames at 16 per second, 50 steps and cfg 5 are those of `psa_wan2.1_t2v_1.3b`."
+    )
+    save_video(graph, COMPARISON[0], images, 16, "Dense and PSA side by side, Wan 2.1 1.3B", numbers)
 
 
 def wan22_a14b(info: dict[str, Any], task: str, four_steps: bool) -> None:
@@ -344,20 +392,30 @@ def cogvideox(info: dict[str, Any], version: str, size: tuple[int, int, int], fo
 def draw_thumbnails() -> None:
     """Draw every workflow's thumbnail: a frame of the demo's video as PSA renders it, and the model's name."""
     with Image.open(ROOT / "docs/compare.webp") as video:
-        for index, (name, (model, task)) in enumerate(THUMBNAILS.items()):
+        side = video.height - LABEL_HEIGHT
+        left = (3 * video.width // 2 - side) // 2  # PSA's picture is the right half
+        for index, (name, words) in enumerate(THUMBNAILS.items()):
             video.seek(index * (video.n_frames - 1) // (len(THUMBNAILS) - 1))
             frame = video.convert("RGB")
-            side = frame.height - LABEL_HEIGHT
-            left = (3 * frame.width // 2 - side) // 2  # PSA's picture is the right half
-            picture = frame.crop((left, LABEL_HEIGHT, left + side, frame.height))
-            picture = picture.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS).convert("RGBA")
-            shade = Image.new("RGBA", picture.size)
-            ImageDraw.Draw(shade).rectangle((0, 186, THUMBNAIL_SIDE, THUMBNAIL_SIDE), fill=(0, 0, 0, 170))
-            picture = Image.alpha_composite(picture, shade).convert("RGB")
-            draw = ImageDraw.Draw(picture)
-            draw.text((14, 208), model, "white", ImageFont.load_default(size=26), anchor="lm")
-            draw.text((14, 237), task, "#ddd", ImageFont.load_default(size=17), anchor="lm")
-            picture.save(WORKFLOWS / f"{name}.jpg", quality=88)
+            draw_thumbnail(name, *words, frame.crop((left, LABEL_HEIGHT, left + side, frame.height)))
+        # The comparison shows the left half of the dense frame and the right half of PSA's.
+        name, words = COMPARISON
+        middle = left + side // 2
+        both = frame.crop((left, LABEL_HEIGHT, left + side, frame.height))
+        both.paste(frame.crop((left - frame.width // 2, LABEL_HEIGHT, middle - frame.width // 2, frame.height)))
+        ImageDraw.Draw(both).line((side // 2, 0, side // 2, side), "white", 2)
+        draw_thumbnail(name, *words, both)
+
+
+def draw_thumbnail(name: str, model: str, task: str, picture: Image.Image) -> None:
+    picture = picture.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS).convert("RGBA")
+    shade = Image.new("RGBA", picture.size)
+    ImageDraw.Draw(shade).rectangle((0, 186, THUMBNAIL_SIDE, THUMBNAIL_SIDE), fill=(0, 0, 0, 170))
+    picture = Image.alpha_composite(picture, shade).convert("RGB")
+    draw = ImageDraw.Draw(picture)
+    draw.text((14, 208), model, "white", ImageFont.load_default(size=26), anchor="lm")
+    draw.text((14, 237), task, "#ddd", ImageFont.load_default(size=17), anchor="lm")
+    picture.save(WORKFLOWS / f"{name}.jpg", quality=88)
 
 
 def main() -> None:
@@ -365,6 +423,7 @@ def main() -> None:
     with ComfyServer(comfyui, cpu=True) as server:
         info = server.object_info()
     wan21_i2v(info)
+    compare_wan21(info)
     for task in ("t2v", "i2v"):
         for four_steps in (False, True):
             wan22_a14b(info, task, four_steps)

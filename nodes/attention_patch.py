@@ -27,6 +27,9 @@ OFF = "off"
 KEEP = -1
 """Value of a numeric input that leaves the preset's own in place."""
 
+PROBE_KEY = "psa_quality_probe"
+"""Where a run's ``transformer_options`` hold the probe that watches it."""
+
 _KEY = "psa_attention"
 
 _T = TypeVar("_T")
@@ -62,7 +65,7 @@ class AttentionPatch:
         guider = executor.class_obj
         options = guider.model_options.setdefault("transformer_options", {})
         model_sampling = guider.model_patcher.get_model_object("model_sampling")
-        session = Session(self.settings, model_sampling.percent_to_sigma, self._report)
+        session = Session(self.settings, model_sampling.percent_to_sigma, self._report, options.get(PROBE_KEY))
         outcome = "failed"
         try:
             with replaced(options, {_KEY: session}):
@@ -103,7 +106,8 @@ def _begin_model_call(
     previous = options.get(OVERRIDE_KEY)
     session.begin_model_call(sigma, sequence.layout, dense_attention=owner_of(previous))
     override = AttentionOverride(session, sequence, previous)
-    blocks = len(executor.class_obj.blocks) if session.settings.dense_blocks else 0
+    named = session.settings.dense_blocks or session.probe is not None
+    blocks = len(executor.class_obj.blocks) if named else 0
     return options, override.entries(options, track_blocks=blocks)
 
 

@@ -90,6 +90,10 @@ class AttentionCall:
         """Bring an output ``[B, H, N, D]`` into the layout that the caller expects."""
         return out if self.skip_output_reshape else out.transpose(1, 2).flatten(2)
 
+    def output_heads_first(self, out: Tensor) -> Tensor:
+        """View an output in the caller's layout as ``[B, H, N, D]``."""
+        return out if self.skip_output_reshape else out.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
     def unsupported_reason(self) -> str | None:
         """Why PSA cannot compute this call, or None if it can."""
         if self.mask is not None:
@@ -140,7 +144,9 @@ class AttentionOverride:
             self._session.count_dense(reason)
         else:
             q, k, v = map(call.heads_first, (call.q, call.k, call.v))
-            out = self._session.attend(q, k, v, self._sequence.layout, call.scale, place)
+            out = self._session.attend(
+                q, k, v, self._sequence.layout, call.scale, place, lambda: call.output_heads_first(dense())
+            )
             if out is not None:
                 return call.output(out)
         with self._session.timed_dense(call.q, self._sequence.layout.tokens, place):

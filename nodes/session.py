@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from comfy.model_management import InterruptProcessingException
@@ -26,6 +28,9 @@ try:
     from comfy.model_prefetch import pause_malloc_graph
 except ImportError:  # a ComfyUI that does not record allocations
     from contextlib import nullcontext as pause_malloc_graph
+
+if TYPE_CHECKING:
+    from .probe import Probe
 
 # A scheduler's sigma may lie a rounding error above the one that percent_to_sigma gives for the same step.
 _SIGMA_TOLERANCE = 1e-6
@@ -256,13 +261,19 @@ class Session:
         settings: What the patch node was asked for.
         percent_to_sigma: The running model's own; a node after the patch may have changed it.
         report: Shows a text to the user.
+        probe: Compares sparse calls with dense attention; None where nobody asked for it.
     """
 
     def __init__(
-        self, settings: PatchSettings, percent_to_sigma: Callable[[float], float], report: Callable[[str], None]
+        self,
+        settings: PatchSettings,
+        percent_to_sigma: Callable[[float], float],
+        report: Callable[[str], None],
+        probe: Probe | None = None,
     ) -> None:
         schedule = settings.preset.schedule
         self.settings = settings
+        self.probe = probe
         self._sigma_start = float(percent_to_sigma(schedule.start_percent))
         self._sigma_end = float(percent_to_sigma(schedule.end_percent))
         self._report = report
@@ -288,6 +299,8 @@ class Session:
             layout: The call's tokens.
             dense_attention: The other node whose attention answers what stays dense; empty for ComfyUI's own.
         """
+        if self.probe is not None:
+            self.probe.begin_model_call()
         with self._counting:
             self._dense_attention = dense_attention
             self._tokens = max(self._tokens, layout.tokens)
@@ -339,13 +352,21 @@ class Session:
             self._pending.append(_PendingCall(self._steps, block, tokens, q.shape[0], watch, None))
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, scale: float | None, block: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: TokenLayout,
+        scale: float | None,
+        block: int,
+        dense: Callable[[], Tensor],
     ) -> Tensor | None:
         """Compute a call sparsely.
 
         Args:
             q: Queries ``[B, H, N, D]``; k and v likewise.
             block: Where the record of the call belongs.
+            dense: Computes the output ``[B, H, N, D]`` as without PSA, for the probe.
 
         Returns:
             The output in q's memory layout, or None after a failure, which turns the rest of the run dense.
@@ -354,22 +375,17 @@ class Session:
             with pause_malloc_graph():
                 backend = self._usable_backend(q)
                 order = self._order(layout, q.device)
-                watch = Stopwatch(q.device)
-                out, stats = psa_attention(
-                    q,
-                    k,
-                    v,
-                    layout=layout,
-                    config=self.settings.preset.config,
-                    scale=scale,
-                    backend=backend,
-                    order=order,
-                    stats=True,
+                attend = partial(
+                    psa_attention, q, k, v, layout=layout, scale=scale, backend=backend, order=order, stats=True
                 )
+                watch = Stopwatch(q.device)
+                out, stats = attend(config=self.settings.preset.config)
                 watch.stop()
                 with self._counting:
                     self._pending.append(_PendingCall(self._steps, block, layout.tokens, q.shape[0], watch, stats))
                     self._current_step.sparse += 1
+                if self.probe is not None:
+                    self.probe.see(self._steps, block, out, stats, attend, dense)
         except InterruptProcessingException:
             raise
         except (backends.BackendUnavailable, SelfCheckFailed) as error:
@@ -457,6 +473,8 @@ class Session:
         _log.warning("PSA %s: attention is dense for the rest of this run: %s%s", title, reason, trace)
 
     def _read_pending(self) -> None:
+        if self.probe is not None:
+            self.probe.read()
         self._calls += _read(self._pending)
         self._pending.clear()
 

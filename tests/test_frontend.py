@@ -142,6 +142,25 @@ def test_a_generated_workflow_runs_the_model_as_officially(frontend: Any, name: 
     )
 
 
+def test_the_comparison_gives_both_samplers_the_same_but_the_model(frontend: Any) -> None:
+    frontend.load(json.loads((ROOT / "workflows/psa_compare_wan2.1_1.3b.json").read_text()))
+    assert frontend.missing_types() == []
+    frontend.fit(-480, -60, 0.6)
+    frontend.screenshot(PICTURES / "comparison_workflow.png")
+    nodes = frontend.prompt()
+    by_type = {node["class_type"]: node["inputs"] for node in nodes.values()}
+    dense, psa = (node["inputs"] for node in nodes.values() if node["class_type"] == "KSampler")
+    models = [nodes[sampler.pop("model")[0]]["class_type"] for sampler in (dense, psa)]
+    assert models == ["ModelSamplingSD3", "PSAAttentionPatch"]
+    assert dense == psa and (dense["steps"], dense["cfg"]) == (50, 5)
+    assert nodes[dense["seed"][0]]["class_type"] == "PrimitiveInt"
+    latent = by_type["EmptyHunyuanLatentVideo"]
+    assert (latent["width"], latent["height"], latent["length"]) == (832, 480, 81)
+    decoders = [nodes[by_type["PSACompare"][name][0]]["inputs"] for name in ("dense", "psa")]
+    assert [nodes[decoder["samples"][0]]["_meta"]["title"] for decoder in decoders] == ["Dense", "PSA"]
+    assert by_type["CreateVideo"]["fps"] == 16
+
+
 def test_the_demo_runs_from_the_frontend_and_the_node_says_what_it_did(demo: Any) -> None:
     assert demo.missing_types() == []
     record = demo.run()
@@ -170,7 +189,7 @@ def test_a_bypassed_patch_is_not_part_of_the_prompt(demo: Any) -> None:
 
 
 def test_node_help_is_served(frontend: Any) -> None:
-    for node in ("PSAAttentionPatch", "PSAPresetLoader"):
+    for node in ("PSAAttentionPatch", "PSAPresetLoader", "PSAQualityProbe", "PSACompare"):
         response = frontend.page.request.get(f"{frontend.server.url}/extensions/psa-attention/docs/{node}/en.md")
         assert response.ok
         assert node.removeprefix("PSA").split("P")[0] in response.text()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
 from comfy_server import ComfyError, ComfyServer, Run
@@ -264,6 +265,124 @@ def test_a_picture_comes_out_at_the_end(server: ComfyServer) -> None:
     assert pictures[0].shape == (9, 96, 96, 3)
     assert pictures[0].std() > 1
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def probing(nodes: Prompt, sampler: str, share: float, wanted: float) -> Prompt:
+    """The prompt with a probe in the place of a sampler, under the same id, and its report shown."""
+    nodes = json.loads(json.dumps(nodes))
+    nodes[sampler]["class_type"] = "PSAQualityProbe"
+    nodes[sampler]["inputs"] |= {"share": share, "wanted_error": wanted}
+    nodes[f"report of {sampler}"] = {"class_type": "PreviewAny", "inputs": {"source": [sampler, 1]}}
+    return nodes
+
+
+def report(run: Run, sampler: str) -> str:
+    (text,) = run.outputs[f"report of {sampler}"]["text"]
+    return str(text)
+
+
+def measured(text: str) -> float:
+    return float(re.search(r"This run with error_weight \S+ had an error of (0\.\d+)", text)[1])  # type: ignore[index]
+
+
+def test_a_probe_in_the_samplers_place_gives_its_latent_and_a_report(server: ComfyServer) -> None:
+    plain = prompt(SPARSE | {"error_weight": 0.02}, seed=8)
+    sampler = node_id(plain, "KSampler")
+    steps = []
+    run = server.run(probing(plain, sampler, 0.5, 0.04), on_progress=lambda node, *step: steps.append((node, *step)))
+    assert torch.equal(latent(server, run), latent(server, server.run(plain)))
+    assert (sampler, STEPS, STEPS) in steps
+    text = report(run, sampler)
+    assert f"6 of {STEPS * BLOCKS} sparse calls were compared" in text
+    shown = [text for node, text in run.texts if node == sampler][-1]
+    assert shown.startswith("PSA Quality Probe: wan2.1_1.3b balanced\n\nerror_weight: 0.") and text.startswith(shown)
+    assert "sparse calls (mean density" in next(text for node, text in run.texts[::-1] if node != sampler)
+
+
+def test_the_suggested_preset_gives_the_wanted_error(server: ComfyServer) -> None:
+    """A trained model, at a size with enough blocks for a smooth curve of errors; the preset goes by its socket."""
+    wanted, size = 0.05, (256, 256, 33)
+    nodes = prompt(SPARSE | {"error_weight": 0.05}, seed=9, size=size)
+    first = node_id(nodes, "KSampler")
+    nodes = probing(nodes, first, 0.5, wanted)
+    patch, shift = node_id(nodes, "PSAAttentionPatch"), node_id(nodes, "ModelSamplingSD3")
+    inputs = nodes[patch]["inputs"] | {"custom_preset": [first, 2], "error_weight": -1.0}
+    nodes["patch 2"] = {"class_type": "PSAAttentionPatch", "inputs": inputs}
+    nodes["shift 2"] = {"class_type": "ModelSamplingSD3", "inputs": nodes[shift]["inputs"] | {"model": ["patch 2", 0]}}
+    nodes["probe 2"] = {"class_type": "KSampler", "inputs": nodes[first]["inputs"] | {"model": ["shift 2", 0]}}
+    nodes = probing(nodes, "probe 2", 1.0, wanted)
+    run = server.run(nodes)
+    assert run.status == "success", run.message
+    before, after = report(run, first), report(run, "probe 2")
+    assert after.startswith("PSA Quality Probe: wan2.1_1.3b balanced-probed\n")
+    assert abs(measured(before) / wanted - 1) > 0.3
+    assert measured(after) == pytest.approx(wanted, rel=0.1)
+
+
+def test_a_probe_that_is_interrupted_leaves_the_next_run_alone(server: ComfyServer) -> None:
+    plain = prompt(SPARSE | {"error_weight": 0.02}, seed=10)
+    sampler = node_id(plain, "KSampler")
+    endless = probing(plain, sampler, 1.0, 0.04)
+    endless[sampler]["inputs"]["steps"] = 500
+    interrupted = server.run(endless, on_progress=lambda *_: server.interrupt())
+    assert interrupted.status == "interrupted"
+    dense = latent(server, server.run(prompt(None, seed=10)))
+    sparse = server.run(plain)
+    assert 0 < distance(latent(server, sparse), dense) < 0.2
+    assert f"{STEPS * BLOCKS} sparse calls" in status(sparse)
+
+
+def test_a_probe_of_an_unpatched_model_says_what_to_connect(server: ComfyServer) -> None:
+    plain = prompt(None, seed=11)
+    run = server.run(probing(plain, node_id(plain, "KSampler"), 0.5, 0.04))
+    assert (run.status, run.message.partition(";")[0]) == ("error", "PSAQualityProbe: model: it is not patched")
+
+
+def test_dense_and_psa_are_compared_on_the_picture(server: ComfyServer) -> None:
+    """The bundled comparison, with the demo's model, prompts and size."""
+    nodes: Prompt = json.loads((DEMO / "workflow_api.json").read_text())
+    find(nodes, "EmptyHunyuanLatentVideo")["inputs"] |= {"width": 128, "height": 96, "length": 5}
+    find(nodes, "PSAAttentionPatch")["inputs"] |= SPARSE | {"error_weight": 0.02}
+    sampler, decoder = node_id(nodes, "KSampler"), node_id(nodes, "VAEDecode")
+    saver, patch = node_id(nodes, "SaveAnimatedWEBP"), node_id(nodes, "PSAAttentionPatch")
+    nodes[sampler]["inputs"]["steps"] = STEPS
+    shift = nodes[node_id(nodes, "ModelSamplingSD3")]["inputs"]
+    nodes["dense shift"] = {
+        "class_type": "ModelSamplingSD3", "inputs": shift | {"model": nodes[patch]["inputs"]["model"]},
+    }  # fmt: skip
+    nodes["dense sampler"] = {
+        "class_type": "KSampler",
+        "inputs": {**nodes[sampler]["inputs"], "model": ["dense shift", 0]},
+    }
+    nodes["dense"] = {
+        "class_type": "VAEDecode",
+        "inputs": {**nodes[decoder]["inputs"], "samples": ["dense sampler", 0]},
+    }
+    nodes["save dense"] = {
+        "class_type": "SaveAnimatedWEBP",
+        "inputs": {**nodes[saver]["inputs"], "images": ["dense", 0]},
+    }
+    nodes["save psa"] = {"class_type": "SaveAnimatedWEBP", "inputs": {**nodes[saver]["inputs"]}}
+    nodes["compare"] = {"class_type": "PSACompare", "inputs": {"dense": ["dense", 0], "psa": [decoder, 0]}}
+    nodes["figures"] = {"class_type": "PreviewAny", "inputs": {"source": ["compare", 1]}}
+    nodes[saver]["inputs"]["images"] = ["compare", 0]
+    run = server.run(nodes)
+    assert (run.status, run.message) == ("success", "")
+
+    def video(node: str) -> np.ndarray:
+        (image,) = run.outputs[node]["images"]
+        return read_frames(server.output_folder / image["subfolder"] / image["filename"])
+
+    dense, psa, both = video("save dense"), video("save psa"), video(saver)
+    (figures,) = run.outputs["figures"]["text"]
+    similar = np.mean([structural_similarity(a, b, channel_axis=-1) for a, b in zip(dense, psa, strict=True)])
+    expected = f"5 frames: PSNR {peak_signal_noise_ratio(dense, psa):.1f} dB, SSIM {similar:.3f}; worst, frame "
+    assert figures.startswith(expected)
+    assert ("compare", figures) in run.texts
+    bar = (both.shape[1] - 96) // 2
+    assert np.abs(both[:, bar:-bar].astype(int) - np.concatenate((dense, psa), axis=2)).max() <= 1
+    (ROOT / "tests/out").mkdir(exist_ok=True)
+    Image.fromarray(both[-1]).save(ROOT / "tests/out/comparison.png")
 
 
 def refusal(server: ComfyServer, nodes: Prompt) -> str:

@@ -196,3 +196,19 @@ def test_a_preset_of_the_loader_runs(name: str) -> None:
     assert sample(patched).isfinite().all()
     assert record(patched).title == f"cogvideox_5b {name}"
     assert record(patched).sparse_calls == 4 * BLOCKS
+
+
+@pytest.mark.usefixtures("cogvideox")
+def test_a_probe_tells_the_blocks_and_leaves_the_latent() -> None:
+    from psa_pack.nodes.attention_patch import PROBE_KEY
+    from psa_pack.nodes.probe import Probe
+
+    patched = patch(make_model(), error_weight=0.3)
+    plain = sample(patched)
+    probed = patched.clone()
+    probe = Probe(PSAConfig(error_weight=0.3), 1.0)
+    probed.model_options["transformer_options"][PROBE_KEY] = probe
+    assert torch.equal(sample(probed), plain)
+    assert len(probe.calls) == record(patched).sparse_calls > 0
+    assert [call.block for call in probe.calls[:BLOCKS]] == list(range(BLOCKS))
+    assert all(0 < call.errors[0] < call.errors[-1] < 1 for call in probe.calls)

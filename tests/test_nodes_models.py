@@ -232,7 +232,11 @@ def call(network: torch.nn.Module, variant: Variant, options: dict[str, Any]) ->
 
 
 def run_patched(
-    network: torch.nn.Module, variant: Variant, config: PSAConfig, dense_blocks: frozenset[int] = frozenset()
+    network: torch.nn.Module,
+    variant: Variant,
+    config: PSAConfig,
+    dense_blocks: frozenset[int] = frozenset(),
+    probe: Any = None,
 ) -> tuple[Tensor, Any]:
     """One call of a patched network; returns its output and the record of the run."""
     from comfy.patcher_extension import WrappersMP
@@ -242,7 +246,7 @@ def run_patched(
     settings = PatchSettings(
         "test", "", Preset("test", "wan", "", "", config, Schedule()), dense_blocks, "reference", False
     )
-    session = Session(settings, lambda percent: 1 - percent, lambda text: None)
+    session = Session(settings, lambda percent: 1 - percent, lambda text: None, probe)
     wrapper = AttentionPatch(settings, lambda text: None).around_model_call
     options = {
         "sigmas": torch.tensor([0.5]),
@@ -321,6 +325,20 @@ def test_vace_blocks_are_blocks_of_their_own() -> None:
         assert record.sparse_calls == variant.calls - dense_calls
     outputs = [run_patched(network, variant, config, frozenset({block}))[0] for block in range(4)]
     assert not any(torch.equal(a, b) for a, b in combinations(outputs, 2))
+
+
+@pytest.mark.parametrize("name", ["VACE", "VACE with two controls", "HuMo"])
+def test_a_probe_names_every_block_and_changes_nothing(name: str) -> None:
+    from psa_pack.nodes.probe import Probe
+    from psa_pack.nodes.video_models import identify
+
+    variant, config = VARIANTS[name], PSAConfig(error_weight=1.0)
+    network = make_network(find_class(variant.cls), **variant.settings)
+    probe = Probe(config, 1.0)
+    out, record = run_patched(network, variant, config, probe=probe)
+    assert {call.block for call in probe.calls} == set(range(identify(network).blocks))
+    assert len(probe.calls) == record.sparse_calls == variant.calls
+    assert torch.equal(out, run_patched(network, variant, config)[0])
 
 
 def test_blocks_that_get_no_options_stay_dense_with_the_reason() -> None:

@@ -356,7 +356,7 @@ def test_a_device_that_psa_is_not_made_for_is_named(comfyui: Path) -> None:
     layout = TokenLayout((1, 4, 4))
     session.begin_model_call(0.5, layout)
     q = torch.empty(1, 2, 16, 64, device="meta")
-    assert session.attend(q, q, q, layout, None, 0) is None
+    assert session.attend(q, q, q, layout, None, 0, dense=lambda: q) is None
     (reason,) = session.finish("finished").dense_calls
     assert "PSA is made for NVIDIA GPUs; on meta only the backend 'reference' works" in reason
 

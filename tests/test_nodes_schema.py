@@ -41,6 +41,8 @@ def test_the_nodes_are_there_in_their_categories(nodes: dict[str, Any]) -> None:
         "PSAPresetLoader": "model/patch",
         "PSAPreset": "model/patch",
         "PSAReport": "model/patch",
+        "PSAQualityProbe": "sampling",
+        "PSACompare": "image",
         "PSALoadCogVideoX": "model/loaders",
         "PSALoadCogVideoXLoRA": "model/loaders",
     }
@@ -74,6 +76,26 @@ def test_the_patch_shows_two_inputs_and_keeps_the_rest_for_experts(nodes: dict[s
     ]
     assert entries["preset"][1]["options"] == ["balanced", "quality", "fast", "off"]
     assert entries["custom_preset"][0] == "PSA_PRESET"
+
+
+def test_the_probe_takes_what_ksampler_takes_and_its_own(nodes: dict[str, Any]) -> None:
+    from nodes import KSampler, KSamplerAdvanced
+
+    entries = inputs(nodes["PSAQualityProbe"])
+    plain = KSampler.INPUT_TYPES()["required"]
+    assert list(entries)[: len(plain)] == list(plain)
+    for name, (kind, *options) in plain.items():
+        ours = entries[name]
+        assert ours[0] == (kind if isinstance(kind, str) else "COMBO") or ours[0] == kind
+        assert not isinstance(kind, list) or ours[1]["options"] == kind
+        for key in ("default", "min", "max", "step", "round") if options else ():
+            assert ours[1].get(key) == options[0].get(key), (name, key)
+    assert entries["seed"][1]["control_after_generate"] is True
+    own = list(entries)[len(plain) :]
+    advanced = [name for name, (_, options) in entries.items() if options.get("advanced")]
+    assert own == ["share", "wanted_error", *advanced]
+    assert set(advanced) <= KSamplerAdvanced.INPUT_TYPES()["required"].keys()
+    assert nodes["PSAQualityProbe"].GET_SCHEMA().is_output_node
 
 
 def test_the_loader_lists_every_bundled_preset(nodes: dict[str, Any]) -> None:

@@ -254,7 +254,7 @@ def reasons(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield str(running.dense_reason(LAYOUT, block))
     failing = session(start_percent=0)
     q = torch.empty(1, 2, 20, 64, device="meta")
-    assert failing.attend(q, q, q, LAYOUT, None, 0) is None
+    assert failing.attend(q, q, q, LAYOUT, None, 0, dense=lambda: q) is None
     yield str(failing.dense_reason(LAYOUT, None))
     flat, odd = torch.empty(1, 20, 128), torch.empty(1, 20, 96)
     for call in (
