@@ -72,7 +72,8 @@ def sample(
     )
     return comfy.sample.sample(
         model,
-        comfy.sample.prepare_noise(empty, 2),
+        # As ComfyUI's prepare_noise, whose generator all threads share.
+        torch.randn(empty.shape, generator=torch.Generator().manual_seed(2)),
         steps,
         cfg,
         "euler",
