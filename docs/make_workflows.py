@@ -280,7 +280,7 @@ def compare_wan21(info: dict[str, Any]) -> None:
         "Both samplers have the same seed, prompts and settings; one gets the model without PSA, the other with it. "
         "**PSA Compare** writes PSNR and SSIM on every frame, and those of the whole below. Change the preset of the "
         "patch and run again: the dense video comes from ComfyUI's cache as long as the seed is the same. 832 x 480, "
-        "81 frames at 16 per second, 50 steps and cfg 5 are those of `psa_wan2.1_t2v_1.3b`."
+        "81 frames at 16 per second, 50 steps and cfg 5 are the defaults of Wan's own code for this model."
     )
     save_video(graph, COMPARISON[0], images, 16, "Dense and PSA side by side, Wan 2.1 1.3B", numbers)
 

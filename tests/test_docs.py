@@ -83,7 +83,7 @@ def test_the_guides_table_of_error_weights() -> None:
 def test_the_guides_table_of_presets() -> None:
     by_key = {
         (r["input"], r["method"], r["preset"]): r
-        for r in records("attention-nvidia-h200")
+        for r in records("attention-nvidia-h100-80gb-hbm3")
         if r["case"] == "wan2.1_1.3b_480p_81f"
     }
     rows = ["| | noise 0.9 | 0.6 | 0.3 |", "|---|---|---|---|"]

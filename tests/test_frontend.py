@@ -80,7 +80,7 @@ def test_the_template_browser_opens_the_workflow_with_no_node_missing(frontend: 
 @pytest.mark.parametrize(
     ("name", "latent_node", "size", "fps"),
     [
-        (TEMPLATE, "EmptyHunyuanLatentVideo", (832, 480, 81), 16),
+        (TEMPLATE, "EmptyHunyuanLatentVideo", (1280, 720, 69), 16),
         ("psa_wan2.1_t2v_14b", "EmptyHunyuanLatentVideo", (1280, 720, 69), 16),
         ("psa_wan2.2_ti2v_5b", "Wan22ImageToVideoLatent", (1280, 704, 121), 24),
     ],
