@@ -18,7 +18,8 @@ from ..psa_core.presets import Preset
 from ..psa_core.schedule import BlockList, Schedule
 from .override import OVERRIDE_KEY, AttentionOverride, Options, name_arguments, owner_of, replaced
 from .preset_loader import PresetSocket, load_preset
-from .session import PatchSettings, RunRecord, Session
+from .run_record import RunRecord
+from .session import PatchSettings, Session
 from .status import status_line
 from .video_models import UnsupportedModel, identify, read_sequence, read_sigma
 

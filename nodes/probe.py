@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..psa_core import PSAConfig
 from ..psa_core.attention import PSAStats
-from .session import Stopwatch
+from .pending_calls import Stopwatch
 
 SPREAD = (1 / 16, 1 / 4, 1, 4, 16)
 """Error weights that are tried, as multiples of the running one. The error grows with about the third root of the

@@ -18,7 +18,8 @@ from .attention_patch import PROBE_KEY, AttentionPatch
 from .preset import change_preset
 from .preset_loader import PresetSocket
 from .probe import Probe, ProbedCall
-from .session import PatchSettings, RunRecord
+from .run_record import RunRecord
+from .session import PatchSettings
 from .status import status_line
 from .suggestion import Curve, Suggestion, by_block, plain, suggest
 

@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 from .attention_patch import AttentionPatch
 from .report_picture import THEMES, draw_message, draw_run, most_first, seconds_text
 from .run_facts import RunFacts
-from .session import RunRecord, compared_with_dense
+from .run_record import RunRecord, compared_with_dense
 from .status import running_server, user_language
 from .translations import translated
 

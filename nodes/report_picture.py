@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from .run_facts import RunFacts
-from .session import RunRecord, compared_with_dense
+from .run_record import RunRecord, compared_with_dense
 
 WIDTH = 1024
 """Width of every picture in pixels."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .session import CallRecord, RunRecord
+from .run_record import CallRecord, RunRecord
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,10 +19,10 @@ from comfy.model_management import InterruptProcessingException
 from torch import Tensor
 
 from ..psa_core import TokenLayout, TokenOrder, backends, plan_order, psa_attention
-from ..psa_core.attention import PSAStats
-from ..psa_core.config import Level
 from ..psa_core.presets import Preset
 from ..psa_core.self_check import SelfCheckFailed, self_check
+from .pending_calls import PendingCall, Stopwatch, read_calls
+from .run_record import CallRecord, RunRecord, compared_with_dense
 
 try:
     from comfy.model_prefetch import pause_malloc_graph
@@ -57,191 +57,6 @@ class PatchSettings:
     dense_blocks: frozenset[int]
     backend: str
     verbose: bool
-
-
-@dataclass(frozen=True)
-class CallRecord:
-    """One video self-attention call of a run.
-
-    Args:
-        step: Number of its noise level, from 0.
-        block: Transformer block, where ComfyUI names it; else its place among the model call's video calls.
-        tokens: Length of its sequence.
-        batch: Number of sequences in it; where the model takes both conditions at once, two for each video.
-        seconds: How long it took on its device; None if it failed.
-        density: Share of dense work that was done; None for a dense call.
-        level_pairs: Number of block pairs at each level of the preset; empty for a dense call.
-    """
-
-    step: int
-    block: int
-    tokens: int
-    batch: int
-    seconds: float | None
-    density: float | None
-    level_pairs: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """A finished sampling run in plain numbers.
-
-    Args:
-        title: The preset.
-        outcome: ``finished``, ``interrupted`` or ``failed``.
-        seconds: Duration of the run.
-        steps: Noise levels at which the model was called.
-        sparse_steps: Those with at least one sparse call.
-        sparse_calls: Attention calls that PSA computed.
-        dense_calls: Video self-attention calls that stayed dense, by reason.
-        dense_attention: The other node whose attention answered those; empty for ComfyUI's own.
-        other_calls: Attention calls of other kinds (cross attention), which PSA leaves alone.
-        density: Mean over the sparse calls of the share of dense work that was done; None without any.
-        tokens: Length of the longest video sequence.
-        backend: Backend of the sparse calls; empty without any.
-        unused_cause: Why no video self-attention came by; empty where some did.
-        levels: The preset's levels, from fine to coarse.
-        calls: The video self-attention calls, in order; after a failure, those that were read from the device before.
-    """
-
-    title: str
-    outcome: str
-    seconds: float
-    steps: int
-    sparse_steps: int
-    sparse_calls: int
-    dense_calls: dict[str, int]
-    dense_attention: str
-    other_calls: int
-    density: float | None
-    tokens: int
-    backend: str
-    unused_cause: str
-    levels: tuple[Level, ...]
-    calls: tuple[CallRecord, ...]
-
-    @property
-    def speedup(self) -> float | None:
-        """Median time of a dense call over that of a sparse one of the same size; None where one kind is missing."""
-        return speedup(self.calls)
-
-    def summary(self) -> list[str]:
-        """The run in short lines, to be read at a glance."""
-        lines = []
-        if self.unused_cause:
-            lines += ["not used:", self.unused_cause]
-        else:
-            lines += filter(None, [compared_with_dense(self.calls)])
-            lines.append(f"{self.sparse_steps} of {self.steps} steps sparse")
-            if self.density is not None:
-                lines.append(f"mean density {self.density:.2f} ({self.backend})")
-        if self.dense_calls:
-            most = "" if len(self.dense_calls) == 1 else ", most of them"
-            lines.append(f"dense calls: {sum(self.dense_calls.values())}{most}")
-            lines.append(max(self.dense_calls, key=lambda reason: self.dense_calls[reason]))
-        return [*lines, f"{self.outcome} after {self.seconds:.1f} s"]
-
-    def __str__(self) -> str:
-        parts = []
-        if self.unused_cause:
-            parts.append(f"not used: {self.unused_cause}")
-        else:
-            density = "" if self.density is None else f" (mean density {self.density:.3f}, {self.backend})"
-            faster = "" if (ratio := self.speedup) is None else f", {ratio:.1f}x dense speed"
-            parts.append(f"{self.sparse_calls} sparse calls{density}{faster}")
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self.dense_calls.items())
-            parts.append(f"{sum(self.dense_calls.values())} dense calls" + (f" ({reasons})" if reasons else ""))
-            if self.dense_calls and self.dense_attention:
-                # The other node's attention may be sparse as well: the line tells which of the two did what.
-                parts[-1] += f", left to the attention of {self.dense_attention}"
-            parts.append(f"{self.sparse_steps} of {self.steps} steps sparse")
-            parts.append(f"{self.tokens} tokens")
-        parts.append(f"{self.outcome} after {self.seconds:.1f} s")
-        return "; ".join(parts)
-
-
-def speedup(calls: Sequence[CallRecord]) -> float | None:
-    """Median time of a dense call over that of a sparse one, at the largest size that has both; None without."""
-    times: dict[tuple[int, int], tuple[list[float], list[float]]] = {}
-    for call in calls:
-        if call.seconds is not None:
-            size = (call.tokens, call.batch)
-            times.setdefault(size, ([], []))[call.density is not None].append(call.seconds)
-    both = [size for size, (dense, sparse) in times.items() if dense and sparse]
-    if not both:
-        return None
-    dense, sparse = times[max(both)]
-    return statistics.median(dense) / max(statistics.median(sparse), 1e-9)
-
-
-def compared_with_dense(calls: Sequence[CallRecord]) -> str:
-    """The speedup in words; empty where it is not known."""
-    if not (ratio := speedup(calls)):
-        return ""
-    faster, slower = f"{ratio:.1f}", f"{1 / ratio:.1f}"
-    if "1.0" in (faster, slower):
-        return "attention as fast as dense"
-    return f"attention {faster}x faster" if ratio > 1 else f"attention {slower}x slower"
-
-
-class Stopwatch:
-    """Time between construction and ``stop`` on a device, without waiting for it until ``seconds`` is asked for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
-        if device.type == "cuda":
-            stream = torch.cuda.current_stream(device)
-            self._events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            self._events[0].record(stream)
-        else:
-            self._seconds = -time.perf_counter()
-
-    def stop(self) -> None:
-        if self._events is not None:
-            self._events[1].record(torch.cuda.current_stream(self._device))
-        else:
-            self._seconds += time.perf_counter()
-
-    def seconds(self) -> float:
-        if self._events is None:
-            return self._seconds
-        self._events[1].synchronize()
-        return self._events[0].elapsed_time(self._events[1]) / 1000
-
-
-@dataclass
-class _PendingCall:
-    """A call whose numbers are still on their way from the device."""
-
-    step: int
-    block: int
-    tokens: int
-    batch: int
-    watch: Stopwatch
-    stats: PSAStats | None
-
-    def read(self) -> CallRecord:
-        density, pairs = None, ()
-        if self.stats is not None:
-            density = float(self.stats.density.mean())
-            pairs = tuple(self.stats.level_pairs.flatten(0, -2).sum(dim=0).tolist())
-        return CallRecord(self.step, self.block, self.tokens, self.batch, self.watch.seconds(), density, pairs)
-
-
-def _read(calls: Sequence[_PendingCall]) -> list[CallRecord]:
-    """Read calls with two transfers from each device, where one by one each would take two, and the device wait."""
-    sparse: dict[torch.device, list[tuple[_PendingCall, PSAStats]]] = {}
-    for call in calls:
-        if call.stats is not None:
-            sparse.setdefault(call.stats.density.device, []).append((call, call.stats))
-    for group in sparse.values():
-        sizes = [stats.density.numel() for _, stats in group]
-        densities = torch.cat([stats.density.flatten() for _, stats in group]).cpu().split(sizes)
-        pairs = torch.cat([stats.level_pairs.flatten(0, -2) for _, stats in group]).cpu().split(sizes)
-        for (call, _), *numbers in zip(group, densities, pairs, strict=True):
-            call.stats = PSAStats(*numbers)
-    return [call.read() for call in calls]
 
 
 @dataclass
@@ -288,7 +103,7 @@ class Session:
         self._steps = self._sparse_steps = self._sparse_calls = self._other_calls = self._tokens = 0
         self._dense_calls: Counter[str] = Counter()
         self._dense_attention = ""
-        self._pending: list[_PendingCall] = []
+        self._pending: list[PendingCall] = []
         self._calls: list[CallRecord] = []
 
     def begin_model_call(self, sigma: float, layout: TokenLayout, dense_attention: str = "") -> None:
@@ -349,7 +164,7 @@ class Session:
         yield
         watch.stop()
         with self._counting:
-            self._pending.append(_PendingCall(self._steps, block, tokens, q.shape[0], watch, None))
+            self._pending.append(PendingCall(self._steps, block, tokens, q.shape[0], watch, None))
 
     def attend(
         self,
@@ -382,7 +197,7 @@ class Session:
                 out, stats = attend(config=self.settings.preset.config)
                 watch.stop()
                 with self._counting:
-                    self._pending.append(_PendingCall(self._steps, block, layout.tokens, q.shape[0], watch, stats))
+                    self._pending.append(PendingCall(self._steps, block, layout.tokens, q.shape[0], watch, stats))
                     self._current_step.sparse += 1
                 if self.probe is not None:
                     self.probe.see(self._steps, block, out, stats, attend, dense)
@@ -475,7 +290,7 @@ class Session:
     def _read_pending(self) -> None:
         if self.probe is not None:
             self.probe.read()
-        self._calls += _read(self._pending)
+        self._calls += read_calls(self._pending)
         self._pending.clear()
 
     def _mean_density(self) -> float | None:

@@ -49,7 +49,7 @@ def patch(model: Any, preset: str = "balanced", **inputs: Any) -> Any:
 
 
 def call(step: int, block: int, density: float | None, seconds: float = 0.01, **changes: Any) -> Any:
-    from psa_pack.nodes.session import CallRecord
+    from psa_pack.nodes.run_record import CallRecord
 
     pairs = () if density is None else (round(100 * density), 100 - round(100 * density))
     values = {"step": step, "block": block, "tokens": 96, "batch": 2, "seconds": seconds, "density": density}
@@ -57,7 +57,7 @@ def call(step: int, block: int, density: float | None, seconds: float = 0.01, **
 
 
 def run_of(calls: list[Any], **changes: Any) -> Any:
-    from psa_pack.nodes.session import RunRecord
+    from psa_pack.nodes.run_record import RunRecord
 
     sparse = [entry.density for entry in calls if entry.density is not None]
     values: dict[str, Any] = {
@@ -309,9 +309,9 @@ def test_an_unknown_theme_is_refused(model: Any, report: Callable[..., Any]) -> 
 
 def test_recording_and_drawing_cost_next_to_nothing(comfyui: Path) -> None:
     """Under 0.5 % of the fastest measured step, Wan 2.1 1.3B in 0.49 s; best of several, since the machine is busy."""
+    from psa_pack.nodes.pending_calls import PendingCall, Stopwatch, read_calls
     from psa_pack.nodes.report_picture import draw_run
     from psa_pack.nodes.run_facts import RunFacts
-    from psa_pack.nodes.session import Stopwatch, _PendingCall, _read
     from psa_pack.psa_core.attention import PSAStats
 
     steps, blocks, step_seconds = 50, 30, 0.49
@@ -322,8 +322,8 @@ def test_recording_and_drawing_cost_next_to_nothing(comfyui: Path) -> None:
         for block in range(blocks):
             watch = Stopwatch(torch.device("cpu"))
             watch.stop()
-            pending.append(_PendingCall(0, block, 32760, 2, watch, stats))
-        return _read(pending)
+            pending.append(PendingCall(0, block, 32760, 2, watch, stats))
+        return read_calls(pending)
 
     def best(work: Callable[[], Any]) -> float:
         times = []

@@ -42,7 +42,7 @@ def session(
 
 
 def record(**changes: Any) -> Any:
-    from psa_pack.nodes.session import CallRecord, RunRecord
+    from psa_pack.nodes.run_record import CallRecord, RunRecord
 
     dense, sparse = CallRecord(0, 0, 20, 1, 0.03, None, ()), CallRecord(1, 0, 20, 1, 0.01, 0.25, (1, 3))
     values: dict[str, Any] = {
@@ -105,7 +105,7 @@ def test_a_run_without_psa_says_the_cause() -> None:
     ],
 )
 def test_speed_in_words(dense: float | None, sparse: float, said: str) -> None:
-    from psa_pack.nodes.session import CallRecord, compared_with_dense
+    from psa_pack.nodes.run_record import CallRecord, compared_with_dense
 
     assert (
         compared_with_dense([CallRecord(0, 0, 9, 1, dense, None, ()), CallRecord(1, 0, 9, 1, sparse, 0.5, ())]) == said
@@ -114,7 +114,7 @@ def test_speed_in_words(dense: float | None, sparse: float, said: str) -> None:
 
 def test_a_batch_of_two_is_not_compared_with_one() -> None:
     """Guidance that ends early makes the later, sparse calls half as long."""
-    from psa_pack.nodes.session import CallRecord, speedup
+    from psa_pack.nodes.run_record import CallRecord, speedup
 
     calls = [CallRecord(0, 0, 9, 2, 0.04, None, ()), CallRecord(1, 0, 9, 1, 0.01, 0.5, ())]
     assert speedup(calls) is None
