@@ -39,7 +39,7 @@ compatibility: install-tests
 	COMFYUI_PATH="$${COMFYUI_PATH:-$(CURDIR)/.comfyui}" $(PYTHON) tests/compatibility.py
 
 coverage: install-tests
-	COMFYUI_PATH="$${COMFYUI_PATH:-$(CURDIR)/.comfyui}" $(VENV_PYTHON) tests/coverage.py
+	COMFYUI_PATH="$${COMFYUI_PATH:-$(CURDIR)/.comfyui}" $(VENV_PYTHON) tests/measure_coverage.py
 
 mutants: install-tests
 	$(VENV_PYTHON) tests/mutants.py
