@@ -1,7 +1,7 @@
 """Lines of psa_core and nodes that the tests reach: ``python tests/measure_coverage.py`` (make coverage).
 
-Writes benchmarks/results/coverage.json. Without psa_core/backends/triton, whose kernels Python does not run line by line.
-What only runs in another process is not seen and counts as missed: a ComfyUI server, the bench command, other devices.
+Writes benchmarks/results/coverage.json. Without psa_core/backends/triton, whose kernels are not Python's to run.
+What only another process or device runs counts as missed: a ComfyUI server, the bench command, a GPU.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "coverage.json"
 TESTS = (
     "attention_arguments", "attention_memory", "bench", "concurrency", "faults", "load_cogvideox", "nodes_cogvideox",
-    "nodes_models", "nodes_override", "nodes_patch", "nodes_schema", "official_presets", "orders", "preset_node", "presets",
-    "reference", "schedule", "supply_chain",
+    "nodes_models", "nodes_override", "nodes_patch", "nodes_schema", "official_presets", "orders", "preset_node",
+    "presets", "reference", "schedule", "supply_chain",
 )  # fmt: skip
 OMITTED = "psa_core/backends/triton/*"
 
