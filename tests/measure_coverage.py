@@ -23,7 +23,8 @@ from benchmarks.results_file import checked_out_commit  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "coverage.json"
 CORE_TESTS = (
-    "attention_arguments", "attention_memory", "bench", "official_presets", "orders", "presets", "reference", "schedule",
+    "attention_arguments", "attention_memory", "bench", "official_presets", "orders", "presets", "reference",
+    "schedule",
 )  # fmt: skip
 NODE_TESTS = (
     "concurrency", "faults", "load_cogvideox", "nodes_cogvideox", "nodes_models", "nodes_override", "nodes_patch",
