@@ -1,4 +1,4 @@
-"""Whether the kernels can be trusted on a GPU: ``python benchmarks/reliability.py``, two minutes without the last two parts.
+"""Whether the kernels can be trusted on a GPU: ``python benchmarks/reliability.py``, two to ten minutes.
 
 Writes ``reliability.json``, ``{device, versions, commit, seconds, parts}``:
 

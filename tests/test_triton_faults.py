@@ -20,7 +20,7 @@ pytestmark = [
     ),
 ]
 
-# Compiled without the interpreter, so in a process of its own. It prints why the run was dense, and the next one's counts.
+# Compiled without the interpreter, so in a process of its own. Prints why the run was dense, and the next one's counts.
 PROGRAM = """
 import sys, torch
 sys.path[:0] = [{tests!r}, {comfyui!r}]
