@@ -1,6 +1,8 @@
 # demo      render the demo video dense and with PSA, and compare them: demo/out/compare.webp
 # test      everything that needs no GPU, with a real ComfyUI
 # fuzz      the random cases of the tests, FUZZ times as many (20), other ones each time
+# compatibility   the oldest torch and Triton in an environment of their own (3 GB to fetch where torch brings CUDA)
+# coverage  lines of psa_core and nodes that the tests reach: benchmarks/results/coverage.json
 # mutants   50 faults put into psa_core on purpose, each of which a test has to find
 # test-gpu  the kernel tests, on a CUDA device
 # lint, format
@@ -14,7 +16,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV_PYTHON := .venv/bin/python
 GPU_PYTHON ?= $(or $(wildcard $(VENV_PYTHON)),$(PYTHON))
 
-.PHONY: demo test fuzz mutants test-gpu lint format pictures screenshots locales plots install-tests
+.PHONY: demo test fuzz compatibility coverage mutants test-gpu lint format pictures screenshots locales plots install-tests
 
 demo:
 	$(PYTHON) demo/install.py
@@ -30,7 +32,14 @@ test: install-tests
 
 fuzz: install-tests
 	FUZZ=$${FUZZ:-20} COMFYUI_PATH="$${COMFYUI_PATH:-$(CURDIR)/.comfyui}" $(VENV_PYTHON) -m pytest \
-		tests/test_properties.py tests/test_orders.py tests/test_preset_fuzzing.py $(TEST_ARGUMENTS)
+		tests/test_properties.py tests/test_orders.py tests/test_preset_fuzzing.py tests/test_workflow_fuzzing.py \
+		$(TEST_ARGUMENTS)
+
+compatibility: install-tests
+	COMFYUI_PATH="$${COMFYUI_PATH:-$(CURDIR)/.comfyui}" $(PYTHON) tests/compatibility.py
+
+coverage: install-tests
+	COMFYUI_PATH="$${COMFYUI_PATH:-$(CURDIR)/.comfyui}" $(VENV_PYTHON) tests/measure_coverage.py
 
 mutants: install-tests
 	$(VENV_PYTHON) tests/mutants.py

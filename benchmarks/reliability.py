@@ -1,4 +1,4 @@
-"""Whether the kernels can be trusted on a GPU: ``python benchmarks/reliability.py``, about two minutes.
+"""Whether the kernels can be trusted on a GPU: ``python benchmarks/reliability.py``, two to ten minutes.
 
 Writes ``reliability.json``, ``{device, versions, commit, seconds, parts}``:
 
@@ -9,7 +9,8 @@ Writes ``reliability.json``, ``{device, versions, commit, seconds, parts}``:
   attends in many calls, some with statistics, and in every fifth run one call breaks off between two kernels.
 - ``sampling``: the same of whole sampling runs in ComfyUI, where ``--comfyui`` or COMFYUI_PATH names one: a third ends,
   a third is interrupted, in a third another node fails.
-- ``memcheck``, ``racecheck``: a few shapes under NVIDIA's compute-sanitizer, where it is found.
+- ``memcheck``, ``racecheck``: every kernel on a small shape under NVIDIA's compute-sanitizer, where it is found.
+- ``memcheck_tests``, ``racecheck_tests``: the kernels' tests under the same, all but the one that looks at the time.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ KEPT_LIMIT = 2**20
 ENDINGS = ("finished", "interrupted", "failed")
 BF16 = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # Triton's interpreter cannot multiply bf16
 SANITIZER_PLACES = ("/usr/local/cuda/bin/compute-sanitizer", "/usr/local/cuda/compute-sanitizer/compute-sanitizer")
+CALLS = (__file__, "--call")
+GPU_TESTS = ("-m", "pytest", "-q", "-m", "gpu", "-k", "not quick", "-p", "no:cacheprovider", "tests/test_kernels.py")
 RANKED = {"levels": (1, 2, 4, 8, "skip"), "ranges": ((0, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0))}
 
 Part = dict[str, Any]
@@ -99,6 +102,8 @@ def main() -> int:
         "sampling": lambda: check_sampling(args.comfyui, args.runs, args.seconds),
         "memcheck": lambda: sanitize("memcheck", args.sanitizer, args.seconds),
         "racecheck": lambda: sanitize("racecheck", args.sanitizer, args.seconds),
+        "memcheck_tests": lambda: sanitize("memcheck", args.sanitizer, args.test_seconds, GPU_TESTS),
+        "racecheck_tests": lambda: sanitize("racecheck", args.sanitizer, args.test_seconds, GPU_TESTS),
     }.items():
         started = time.perf_counter()
         parts[name] = run()
@@ -118,6 +123,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shapes", type=int, default=200, help="random shapes")
     parser.add_argument("--runs", type=int, default=50, help="runs of the memory and sampling parts")
     parser.add_argument("--seconds", type=float, default=60, help="after which a part ends and says how far it came")
+    parser.add_argument("--test-seconds", type=float, default=600, help="the same for the tests under the sanitizer")
     parser.add_argument("--sanitizer", default=find_sanitizer(), help="compute-sanitizer, where it is not in its place")
     parser.add_argument("--comfyui", type=Path, default=comfy_models.comfyui_path(), help="default: COMFYUI_PATH")
     parser.add_argument("--call", action="store_true", help="only call every kernel, for the sanitizer")
@@ -352,24 +358,26 @@ def find_sanitizer() -> str | None:
     return next((found for found in map(shutil.which, ("compute-sanitizer", *SANITIZER_PLACES)) if found), None)
 
 
-def sanitize(tool: str, sanitizer: str | None, seconds: float) -> Part:
-    """Every kernel once under one of the sanitizer's tools."""
+def sanitize(tool: str, sanitizer: str | None, seconds: float, program: tuple[str, ...] = CALLS) -> Part:
+    """A Python program, by default every kernel once, under one of the sanitizer's tools."""
     if sanitizer is None:
         return {"state": "not run", "reason": "compute-sanitizer is not installed"}
     if DEVICE != "cuda":
         return {"state": "not run", "reason": "there is no CUDA device"}
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "99", sys.executable, __file__, "--call"]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "99", sys.executable, *program]
     # without a cache of its own, PyTorch gives every tensor an allocation whose ends the tool can watch
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, env=environment)
     except subprocess.TimeoutExpired:
         return {"state": "out of time"}
     said = done.stdout + done.stderr
     summary = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .*)", said)
+    tests = re.findall(r"(\d+ (?:passed|failed).*) in [\d.]+s", said)
+    ran: Part = {"tests": tests[-1]} if tests else {"variants": len(VARIANTS)}
     if done.returncode == 0 and summary:
-        return {"state": "passed", "variants": len(VARIANTS), "summary": summary[-1]}
-    if done.returncode == 99:
+        return {"state": "passed", **ran, "summary": summary[-1]}
+    if done.returncode == 99 or any("failed" in line for line in tests):
         return {"state": "failed", "summary": summary, "said": said[-4000:]}
     return {"state": "not run", "reason": f"the tool ended with {done.returncode}: {said.strip()[-1500:]}"}
 

@@ -17,7 +17,7 @@ from ..psa_core.backends import BACKENDS
 from ..psa_core.presets import Preset
 from ..psa_core.schedule import BlockList, Schedule
 from .override import OVERRIDE_KEY, AttentionOverride, Options, name_arguments, owner_of, replaced
-from .preset_loader import PresetSocket, load_preset
+from .preset_loader import PresetSocket, checked_preset, load_preset
 from .run_record import RunRecord
 from .session import PatchSettings, Session
 from .status import status_line
@@ -182,7 +182,7 @@ class PSAAttentionPatch(io.ComfyNode):
         else:
             note = facts.note
         if custom_preset is not None:
-            chosen = custom_preset
+            chosen = checked_preset("custom_preset", custom_preset)
             note = "" if facts else note  # a chosen family needs no note about the detected one
         elif facts is not None:
             chosen = load_preset(f"{facts.preset_family}/{preset}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import comfy.lora
@@ -36,9 +36,10 @@ from .video_models import CogVideoXTransformer3DModel
 
 _MODEL_FOLDER = "diffusion_models"
 _LORA_FOLDER = "loras"
-_INDEX = ".safetensors.index.json"
+_WEIGHTS, _INDEX = ".safetensors", ".safetensors.index.json"
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 _INDEX_BYTES = 16 * 1024 * 1024
+_LARGEST_ALPHA = 1e6
 _KEY = "psa_cogvideox"
 
 _log = logging.getLogger(__name__)
@@ -93,8 +94,8 @@ class PSALoadCogVideoXLoRA(io.ComfyNode):
                 io.Model.Input("model", tooltip="A CogVideoX model. The node changes a copy of it."),
                 io.Combo.Input(
                     "lora_name",
-                    options=folder_paths.get_filename_list(_LORA_FOLDER),
-                    tooltip="A LoRA file in models/loras.",
+                    options=_lora_names(),
+                    tooltip="A LoRA file in models/loras, a .safetensors one.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -198,7 +199,11 @@ def _model_names() -> list[str]:
     names: set[str] = set()
     for folder in folder_paths.get_folder_paths(_MODEL_FOLDER):
         names.update(folder_paths.recursive_search(folder, excluded_dir_names=[".git"])[0])
-    return sorted(name for name in names if name.endswith((".safetensors", _INDEX)) and not _SHARD.search(name))
+    return sorted(name for name in names if name.endswith((_WEIGHTS, _INDEX)) and not _SHARD.search(name))
+
+
+def _lora_names() -> list[str]:
+    return [name for name in folder_paths.get_filename_list(_LORA_FOLDER) if name.endswith(_WEIGHTS)]
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:
@@ -218,9 +223,11 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def _read_tensors(parameter: str, file: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    if file.suffix != _WEIGHTS:
+        raise ValueError(f"{parameter}: {file.name} is no {_WEIGHTS} file; other formats can hold programs")
     try:
         return comfy.utils.load_torch_file(str(file), safe_load=True, return_metadata=True)
-    except (OSError, RuntimeError, ValueError, safetensors.SafetensorError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
         raise ValueError(f"{parameter}: {file.name} cannot be read ({error})") from error
 
 
@@ -230,7 +237,7 @@ def _read_index(file: Path) -> list[Path]:
             raise ValueError(f"longer than {_INDEX_BYTES} bytes")
         names = set(json.loads(file.read_text("utf-8"))["weight_map"].values())
         # Only files beside the index: its text may come from anyone.
-        if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
+        if not names or any(Path(name).name != name or not name.endswith(_WEIGHTS) for name in names):
             raise ValueError("weight_map does not name safetensors files beside it")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"model_name: {file.name} is no index of safetensors files ({error})") from error
@@ -279,5 +286,7 @@ def _alphas(lora: Mapping[str, Tensor], metadata: Mapping[str, str], file: Path)
     alpha = settings.get("lora_alpha")
     if alpha is None or any(key.endswith(".alpha") for key in lora):
         return {}
+    if type(alpha) not in (int, float) or not abs(alpha) < _LARGEST_ALPHA:
+        raise ValueError(f"lora_name: {file.name} has the lora_alpha {short(alpha)}, which is no number")
     layers = {key.partition(".lora")[0] for key in lora}
     return {f"{layer}.alpha": torch.tensor(float(alpha)) for layer in layers}

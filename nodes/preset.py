@@ -11,8 +11,8 @@ import yaml
 from comfy_api.latest import io
 
 from ..psa_core.config import POOLED_LEVELS
-from ..psa_core.presets import Preset, dump_preset, parse_presets
-from .preset_loader import PresetSocket, user_folder
+from ..psa_core.presets import Preset, PresetError, dump_preset, parse_presets, read_yaml
+from .preset_loader import PresetSocket, checked_preset, user_folder
 
 KEEP = -1
 FROM_BASE = "as base"
@@ -152,6 +152,9 @@ class PSAPreset(io.ComfyNode):
         save: bool = False,
         overwrite: bool = False,
     ) -> io.NodeOutput:
+        for parameter, text in (("levels", levels), ("dense_blocks", dense_blocks)):
+            if not isinstance(text, str):  # linked from a node that gives anything
+                raise PresetError(f"{parameter}: {text!r} is not text")
         settings: dict[str, Any] = {}
         if selection != FROM_BASE:
             settings["selection"] = selection
@@ -187,7 +190,7 @@ def change_preset(base: Preset | None, name: str, settings: dict[str, Any], sche
     if base is None:
         document: dict[str, Any] = {"family": "own", "presets": {"base": {}}}
     else:
-        document = yaml.safe_load(dump_preset(base))
+        document = yaml.safe_load(dump_preset(checked_preset("base", base)))
     (old,) = document["presets"].values()
     if settings.get("selection", old.get("selection")) != old.get("selection"):
         for key in _OWN_TO_A_MODE:
@@ -227,9 +230,9 @@ def save_preset(preset: Preset, overwrite: bool) -> Path:
 
 def _read_levels(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(
+        return read_yaml(text, "levels")
+    except PresetError:
+        raise PresetError(
             f"levels: {text!r} is neither a list such as [1, 2, 4, 8, block] nor ranges such as "
             "{1: [0, 0.4], skip: [0.4, 1]}"
         ) from None

@@ -53,8 +53,8 @@ class PSAPresetLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, preset: str | None) -> bool | str:
-        if preset is None:  # linked from another node, whose answer is not known yet
+    def validate_inputs(cls, preset: str | None = None) -> bool | str:
+        if preset is None:  # left out, or linked from another node, whose answer is not known yet
             return True
         try:
             load_preset(preset)
@@ -63,8 +63,8 @@ class PSAPresetLoader(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, preset: str | None) -> str:
-        path = _find_file(preset or "")
+    def fingerprint_inputs(cls, preset: str | None = None) -> str:
+        path = _find_file(preset) if isinstance(preset, str) else None
         return hashlib.sha256(path.read_bytes()).hexdigest() if path else "missing"
 
     @classmethod
@@ -81,7 +81,7 @@ def load_preset(choice: str) -> Preset:
     Raises:
         PresetError: there is no such file or preset, or the file does not hold what it should.
     """
-    path = _find_file(choice)
+    path = _find_file(choice) if isinstance(choice, str) else None
     if path is None:
         raise PresetError(f"preset: {choice!r} is not there; there are {', '.join(_preset_names())}")
     presets = load_presets(path)
@@ -89,6 +89,17 @@ def load_preset(choice: str) -> Preset:
     if name not in presets:
         raise PresetError(f"preset: {path.name} has no preset {name!r}; it has {', '.join(presets)}")
     return presets[name]
+
+
+def checked_preset(parameter: str, value: object) -> Preset:
+    """What a node got at a preset socket: a workflow may hold anything there instead of a link.
+
+    Raises:
+        PresetError: it is no preset.
+    """
+    if not isinstance(value, Preset):
+        raise PresetError(f"{parameter}: {value!r} is no preset; connect PSA Preset Loader or PSA Preset")
+    return value
 
 
 def _find_file(choice: str) -> Path | None:

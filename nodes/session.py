@@ -281,11 +281,11 @@ class Session:
         return self._orders[key]
 
     def _fail(self, reason: str, error: Exception | None = None) -> None:
-        self._failure = reason.partition("\n")[0]
-        title = self.settings.title
+        first, *others = reason.strip().splitlines()
+        self._failure = " ".join([first, *others[-1:]])  # a compiler says where first, and what last
         # As text: a log handler that keeps records would keep the traceback's tensors as well.
         trace = "\n" + "".join(traceback.format_exception(error)).rstrip() if error else ""
-        _log.warning("PSA %s: attention is dense for the rest of this run: %s%s", title, reason, trace)
+        _log.warning("PSA %s: attention is dense for the rest of this run: %s%s", self.settings.title, reason, trace)
 
     def _read_pending(self) -> None:
         if self.probe is not None:

@@ -121,13 +121,7 @@ def parse_presets(text: str, file: str) -> dict[str, Preset]:
     Raises:
         PresetError: the text holds something else than presets.
     """
-    try:
-        document = _PresetLoader(text).get_single_data()
-    except yaml.MarkedYAMLError as error:
-        place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise PresetError(f"{file}: {place}{error.problem or error.context}") from error
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        raise PresetError(f"{file}: is not readable YAML ({error})") from error
+    document = read_yaml(text, file)
     if official_presets.is_official(document):
         return _official(document, file)
     try:
@@ -149,6 +143,27 @@ def parse_presets(text: str, file: str) -> dict[str, Preset]:
         except ValueError as error:
             raise PresetError(f"{file}: preset {name!r}: {error}") from error
     return presets
+
+
+def read_yaml(text: str, name: str) -> Any:
+    """Read the one document of a YAML text, without anchors, aliases, tags and repeated keys.
+
+    Args:
+        text: The YAML.
+        name: Name that errors give the text.
+
+    Raises:
+        PresetError: the text is longer than 32 Ki characters or no such YAML.
+    """
+    if len(text) > MAX_FILE_BYTES:
+        raise PresetError(f"{name}: is longer than the allowed {MAX_FILE_BYTES} characters")
+    try:
+        return _PresetLoader(text).get_single_data()
+    except yaml.MarkedYAMLError as error:
+        place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise PresetError(f"{name}: {place}{error.problem or error.context}") from error
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        raise PresetError(f"{name}: is not readable YAML ({error})") from error
 
 
 def dump_preset(preset: Preset) -> str:

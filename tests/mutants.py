@@ -97,7 +97,7 @@ MUTANTS = [
     Mutant(LEVELS, "torch.empty_like(ranked).scatter_(-1, blocks, ranked)", "ranked", DEFINITION),
     Mutant(LEVELS, "ordered / ordered.sum(-1, keepdim=True)", "ordered", DEFINITION),
     Mutant(LEVELS, "> least, code", ">= 0, code", CAPS),
-    Mutant(LEVELS, "torch.where(skip, codes, torch.minimum", "torch.where(codes < 0, codes, torch.minimum", CAPS),
+    Mutant(LEVELS, "torch.where(codes == SKIP_CODE, codes, torch.minimum", "torch.where(codes < 0, codes, torch.minimum", CAPS),
     Mutant(LEVELS, "(counts - 1).clamp(min=0)", "(counts - 2).clamp(min=0)", CAPS),
     Mutant(LEVELS, "cosines.sum(-1) / filled.sum(-1)", "cosines.mean(-1)", CAPS),
     # orders and blocks
@@ -162,11 +162,20 @@ def copy_with(mutant: Mutant, folder: Path) -> Path:
     with (pack / "tests" / "conftest.py").open("a") as conftest:  # any failing case will do, not the smallest
         conftest.write(FIRST_FAILURE)
     path = pack / "psa_core" / mutant.file
-    text = path.read_text()
+    path.write_text(mutated(mutant))
+    return pack
+
+
+def mutated(mutant: Mutant) -> str:
+    """The file's text with the fault in it.
+
+    Raises:
+        ValueError: the text to replace does not stand there exactly once.
+    """
+    text = (ROOT / "psa_core" / mutant.file).read_text("utf-8")
     if text.count(mutant.before) != 1:
         raise ValueError(f"{mutant.file}: {mutant.before!r} stands there {text.count(mutant.before)} times, not once")
-    path.write_text(text.replace(mutant.before, mutant.after))
-    return pack
+    return text.replace(mutant.before, mutant.after)
 
 
 def is_killed(mutant: Mutant) -> bool:

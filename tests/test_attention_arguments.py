@@ -128,3 +128,24 @@ def test_an_explicit_request_never_falls_back(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(BackendUnavailable, match="Triton kernels run on CUDA devices, not on cpu"):
         attend(backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("hip", "capability", "reason"),
+    [
+        (None, (7, 5), "the GPU is sm_75; the Triton kernels need sm_80 (Ampere) or newer"),
+        ("6.2", (9, 0), "the Triton kernels are written for NVIDIA GPUs; AMD ones are not supported yet"),
+        (None, (8, 0), None),
+    ],
+)
+def test_which_gpus_the_kernels_are_for(
+    hip: str | None, capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from psa_pack.psa_core import backends
+
+    monkeypatch.setattr(backends, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert backends.triton_unavailable_reason(torch.device("cuda"), torch.bfloat16) == reason
+    said = backends.triton_unavailable_reason(torch.device("cuda"), torch.float64)
+    assert said == "Triton kernels take bf16, fp16 and fp32, not torch.float64"

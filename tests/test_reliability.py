@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -57,3 +58,24 @@ def test_without_a_sanitizer_the_reason_is_said(reliability: ModuleType) -> None
         "state": "not run",
         "reason": "compute-sanitizer is not installed",
     }
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "state"),
+    [
+        ("71 passed, 3 deselected in 60.1s\n========= ERROR SUMMARY: 0 errors", 0, "passed"),
+        ("71 passed, 3 deselected in 60.1s\n========= ERROR SUMMARY: 2 errors", 99, "failed"),
+        ("1 failed, 70 passed in 60.1s\n========= ERROR SUMMARY: 0 errors", 1, "failed"),
+        ("Target application terminated before first instrumented API call", 1, "not run"),
+    ],
+)
+def test_what_a_sanitizer_says_of_the_tests(
+    reliability: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str, code: int, state: str
+) -> None:
+    monkeypatch.setattr(reliability, "DEVICE", "cuda")
+    sanitizer = tmp_path / "sanitizer"
+    sanitizer.write_text(f"#!/bin/sh\ncat <<'END'\n{said}\nEND\nexit {code}\n")
+    sanitizer.chmod(0o755)
+    part = reliability.sanitize("memcheck", str(sanitizer), 60, reliability.GPU_TESTS)
+    assert part["state"] == state
+    assert state != "passed" or part["tests"] == "71 passed, 3 deselected"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from psa_pack.psa_core.backends import triton_unavailable_reason
 
-from mutants import KERNEL_FAULTS, MUTANTS, Mutant, copy_with, is_killed
+from mutants import KERNEL_FAULTS, MUTANTS, RESULTS, Mutant, copy_with, is_killed, mutated
 
 FIRST_CALL = """
 import torch
@@ -41,6 +43,20 @@ def test_a_wrong_kernel_is_found_on_its_first_call(fault: Mutant | None, tmp_pat
     assert "; please report this line as a bug of PSA Attention (torch " in done.stdout
     for fact in (torch.__version__, "Triton 3.", platform.system()):
         assert fact in done.stdout
+
+
+@pytest.mark.parametrize(
+    "mutant", [*MUTANTS, *KERNEL_FAULTS.values()], ids=lambda mutant: f"{mutant.file}: {mutant.after}"
+)
+def test_a_mutants_place_is_still_there(mutant: Mutant) -> None:
+    compile(mutated(mutant), mutant.file, "exec")  # a fault, not a file that no longer loads
+
+
+def test_the_recorded_mutants_are_these_and_all_were_killed() -> None:
+    recorded = json.loads(RESULTS.read_text("utf-8"))
+    sample = [{**asdict(mutant), "fate": "killed"} for mutant in MUTANTS]
+    assert recorded["sample"] == sample, "run `make mutants`"
+    assert recorded["mutants"] == recorded["killed"] == len(MUTANTS) == 50
 
 
 @pytest.mark.parametrize("mutant", MUTANTS[::13], ids=lambda mutant: f"{mutant.file}: {mutant.after}")
