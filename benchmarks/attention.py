@@ -3,12 +3,13 @@
     python benchmarks/attention.py                     everything, on a CUDA device (many minutes)
     python benchmarks/attention.py --cases wan2.1_14b --inputs structured --methods cudnn,psa
 
-Inputs are synthetic (``structured``) or captured from the demo's model at three noise levels (``learned``, head dim 128
-only). Peers are measured where they are installed: SageAttention, comfy-kitchen's int8_attention and sol_attn; the PSA
-authors' code with ``--official PATH``, a checkout of it. FlexAttention gets the very key blocks that PSA attends when
-its levels are exact and skip, in the same order of tokens: the same work, kernel against kernel. Its block mask is
-given, putting tokens in order and back is in its time; for PSA, finding the blocks is in it too. ``matched`` is PSA
-with the error_weight that brings its error just under Sol-Attn's (tau 1): the two compared at equal fidelity.
+Inputs are synthetic (``structured``), captured from the demo's model at three noise levels (``learned``, head dim 128
+only), or noise (``random``, whose errors say nothing and are left out). Peers are measured where they are installed:
+SageAttention, comfy-kitchen's int8_attention and sol_attn; the PSA authors' code with ``--official PATH``, a checkout
+of it. FlexAttention gets the very key blocks that PSA attends when its levels are exact and skip, in the same order of
+tokens: the same work, kernel against kernel. Its block mask is given, putting tokens in order and back is in its time;
+for PSA, finding the blocks is in it too. ``matched`` is PSA with the error_weight that brings its error just under
+Sol-Attn's (tau 1): the two compared at equal fidelity.
 
 Writes ``attention-<device>.json``: ``{device, versions, commit, records}``, a record per case, input, method and
 preset. Times are medians of CUDA events; ``effective_tflops`` are the FLOPs that the levels need over the time of the
@@ -66,7 +67,8 @@ METHODS = (*SDPA, "psa", *PEERS, "matched")
 MATCHED_TAU = "tau 1"
 KEY = ("case", "input", "method", "preset")
 NOISES = (0.9, 0.6, 0.3)
-INPUTS = ("structured", *(f"learned {noise}" for noise in NOISES))
+RANDOM = "random"
+INPUTS = ("structured", *(f"learned {noise}" for noise in NOISES), RANDOM)
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def main() -> None:
     for name in args.cases:
         for input_name, (q, k, v) in make_inputs(CASES[name], args.inputs):
             case = replace(CASES[name], heads=q.shape[1])
-            exact = exact_heads(q, k, v)
+            exact = None if input_name == RANDOM else exact_heads(q, k, v)
             common = {
                 "case": name,
                 "input": input_name,
@@ -125,13 +127,14 @@ def main() -> None:
 
 
 def measure(
-    method: str, case: Case, q: Tensor, k: Tensor, v: Tensor, exact: Tensor, args: argparse.Namespace
+    method: str, case: Case, q: Tensor, k: Tensor, v: Tensor, exact: Tensor | None, args: argparse.Namespace
 ) -> Iterator[Record]:
     """Records of one method on one input."""
     if method == "psa":
         yield from measure_configs(configs_of_case(case, q, k, v), case, q, k, v, exact, args.repeats)
     elif method == "matched":
-        yield from measure_matched(case, q, k, v, exact, args.repeats)
+        if exact is not None:
+            yield from measure_matched(case, q, k, v, exact, args.repeats)
     elif method in SDPA:
         yield measure_dense(method, case, q, k, v, exact, args.repeats)
     else:
@@ -176,6 +179,16 @@ def make_inputs(case: Case, wanted: list[str]) -> Iterator[tuple[str, tuple[Tens
         captured = capture(case.grid, noises, seed=0, device="cuda", dtype=torch.bfloat16)
         for noise in noises:
             yield f"learned {noise}", captured.pop(noise)
+    if RANDOM in wanted:
+        yield RANDOM, random_inputs(case)
+
+
+def random_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Independent normal numbers, in which no key matters more than another."""
+    shape = (1, case.layout.tokens, case.heads, case.head_dim)
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in "qkv")
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def structured_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,15 +202,17 @@ def structured_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     return tensors[0], tensors[1], tensors[2]
 
 
-def measure_dense(method: str, case: Case, q: Tensor, k: Tensor, v: Tensor, exact: Tensor, repeats: int) -> Record:
+def measure_dense(
+    method: str, case: Case, q: Tensor, k: Tensor, v: Tensor, exact: Tensor | None, repeats: int
+) -> Record:
     """One record of a dense backend of PyTorch."""
     with sdpa_kernel(SDPA[method]):
         out, ms, extra = timed(lambda: scaled_dot_product_attention(q, k, v), repeats)
     record = {"method": method, "preset": "", "ms": ms, "effective_tflops": tflops(case, 1.0, ms), "density": 1.0}
-    return record | errors(out, exact) | {"extra_mib": extra, "stages_ms": {}}
+    return record | errors_of(out, exact) | {"extra_mib": extra, "stages_ms": {}}
 
 
-def measure_peer(runs: Iterator[Run], case: Case, exact: Tensor, repeats: int) -> Iterator[Record]:
+def measure_peer(runs: Iterator[Run], case: Case, exact: Tensor | None, repeats: int) -> Iterator[Record]:
     """A record of every setting of a peer, or why there is none."""
     while True:
         preset = ""
@@ -213,10 +228,10 @@ def measure_peer(runs: Iterator[Run], case: Case, exact: Tensor, repeats: int) -
         yield record
 
 
-def measure_run(run: Run, case: Case, exact: Tensor, repeats: int) -> Record:
+def measure_run(run: Run, case: Case, exact: Tensor | None, repeats: int) -> Record:
     """The record of one setting of a peer."""
     out, ms, extra = timed(run.attend, repeats)
-    measured = errors(out, exact)
+    measured = errors_of(out, exact)
     stages = {name: round(timed(stage, repeats)[1], 4) for name, stage in run.stages().items()}
     rate = None if run.density is None else tflops(case, run.density, stages.get("attend", ms))
     record = {"preset": run.preset, "ms": ms, "effective_tflops": rate, "density": run.density}
@@ -270,7 +285,7 @@ def config_of_error(error_of: Callable[[PSAConfig], float], wanted: float) -> PS
 
 
 def measure_configs(
-    configs: dict[str, PSAConfig], case: Case, q: Tensor, k: Tensor, v: Tensor, exact: Tensor, repeats: int
+    configs: dict[str, PSAConfig], case: Case, q: Tensor, k: Tensor, v: Tensor, exact: Tensor | None, repeats: int
 ) -> Iterator[Record]:
     """A record of PSA for every named config."""
     for name, config in configs.items():
@@ -292,7 +307,12 @@ def measure_configs(
             "effective_tflops": tflops(case, density, stages["attend"]),
             "density": density,
         }
-        yield record | errors(out, exact) | {"extra_mib": extra, "stages_ms": stages}
+        yield record | errors_of(out, exact) | {"extra_mib": extra, "stages_ms": stages}
+
+
+def errors_of(out: Tensor, exact: Tensor | None) -> Record:
+    """The errors of a record; None each where there is nothing to compare with."""
+    return dict.fromkeys(("rel_l2", "rel_l1", "worst_head")) if exact is None else errors(out, exact)
 
 
 def density_of(case: Case, order: TokenOrder, config: PSAConfig, q: Tensor, k: Tensor, v: Tensor) -> float:
@@ -336,7 +356,9 @@ def print_record(record: Record) -> None:
     if "failed" in record:
         print(f"{name} {record['failed']}", flush=True)
         return
-    numbers = f"{record['ms']:8.2f} ms  error {record['rel_l2']:.4f} (worst {record['worst_head']:.4f})"
+    numbers = f"{record['ms']:8.2f} ms"
+    if record["rel_l2"] is not None:
+        numbers += f"  error {record['rel_l2']:.4f} (worst {record['worst_head']:.4f})"
     if record["density"] is not None:
         numbers += f"  density {record['density']:.3f}  {record['effective_tflops']:4.0f} TFLOP/s"
     stages = " ".join(f"{stage} {ms:.2f}" for stage, ms in record["stages_ms"].items())

@@ -153,10 +153,11 @@ def main_panels(records: list[Record]) -> dict[str, list[Record]]:
 
 
 def all_panels(records: list[Record]) -> dict[str, list[Record]]:
-    """One panel for every case and input."""
+    """One panel for every case and input that has errors."""
+    compared = [record for record in records if record["rel_l2"] is not None]
     return {
         f"{TITLES.get(case, case)}\n{panel[0]['tokens']} tokens, {name}": panel
-        for (case, name), panel in in_order(grouped(records, "case", "input")).items()
+        for (case, name), panel in in_order(grouped(compared, "case", "input")).items()
     }
 
 

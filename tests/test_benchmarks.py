@@ -113,6 +113,9 @@ def test_a_peer_that_fails_is_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
     assert second == {"preset": "b", "failed": "ValueError: no kernel image"}
     assert third["preset"] == "c" and third["rel_l2"] == pytest.approx(0.5) and third["effective_tflops"] is None
 
+    (timed_only,) = attention.measure_peer(iter([peers.Run("a", lambda: exact, 1.0)]), case, None, 1)
+    assert timed_only == first | dict.fromkeys(("rel_l2", "rel_l1", "worst_head"))
+
     q = torch.zeros(1, 2, 32, 64)
     missing = peers.official(case.layout, q, q, q, 0.15, checkout=Path("/nowhere"))
     assert list(attention.measure_peer(missing, case, exact, 1)) == [
