@@ -52,6 +52,15 @@ def comfyui() -> Path:
     return Path(path)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """On a busy machine, threads that wait for each other over such small tensors take several times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def user_folder(comfyui: Path, tmp_path: Path) -> Iterator[Path]:
     """An empty user folder of ComfyUI."""

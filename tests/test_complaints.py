@@ -35,15 +35,9 @@ from mutants import Mutant, copy_with
 from test_nodes_patch import EVERYWHERE, OVERRIDE, SPARSE, distance, patch, record
 from tiny_wan import BLOCKS, TOKENS, make_model, sample
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXACT = {**EVERYWHERE, "error_weight": 0.0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -502,6 +496,7 @@ def test_without_its_cure_the_complaint_is_back(model: Any, name: str) -> None:
 OVERFLOW = """
 import torch
 from psa_core import PSAConfig, TokenLayout, psa_attention
+
 layout = TokenLayout((2, 8, 8))
 q, k, v = torch.randn(3, 1, 1, 128, 64, generator=torch.Generator().manual_seed(0))
 k[:, :, layout.tokens // 2] *= 300  # one key far from the others, as models have

@@ -18,14 +18,12 @@ from tiny_wan import BLOCKS, make_model, sample
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
+def hasty_switches(one_thread: None) -> Iterator[None]:
     """Each of two sampling threads computes alone; the interpreter changes between them as often as it can."""
-    before = torch.get_num_threads(), sys.getswitchinterval()
-    torch.set_num_threads(1)
+    before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
-    torch.set_num_threads(before[0])
-    sys.setswitchinterval(before[1])
+    sys.setswitchinterval(before)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,9 @@ from torch import Tensor
 from test_nodes_patch import OVERRIDE, SPARSE, patch, record
 from tiny_wan import BLOCKS, make_model, sample
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Break = Callable[[pytest.MonkeyPatch], None]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

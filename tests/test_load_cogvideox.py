@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from tiny_cogvideox import BLOCKS, HEADS, RELEASED, diffusers_model, network_class, sample
 
-pytestmark = pytest.mark.usefixtures("comfyui")
+pytestmark = pytest.mark.usefixtures("one_thread", "comfyui")
 
 TEXT = 226
 MODEL = "diffusion_pytorch_model"
@@ -26,15 +25,6 @@ LATENTS = {
     "1.5 5b": (16, 4, 16, 18),
     "1.5 5b i2v": (32, 4, 16, 18),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine, threads that wait for each other over such small tensors take several times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

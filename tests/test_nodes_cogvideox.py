@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +16,8 @@ from torch import Tensor
 from conftest import ROOT
 from tiny_cogvideox import BLOCKS, HEADS, TEXT, make_model, make_network, network_class, sample
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EVERYWHERE = {"start_percent": 0.0, "min_tokens": 0, "backend": "reference"}
 # Text to video and image to video (twice the channels) of 1.0 and 1.5, whose latents of 3 frames are padded to 4.
 VARIANTS = {
@@ -26,15 +27,6 @@ VARIANTS = {
     "1.5 5b t2v": ({"patch_size_t": 2}, (2, 8, 9)),
     "1.5 5b i2v": ({"patch_size_t": 2, "in_channels": 32, "ofs_embed_dim": 64}, (2, 8, 9)),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """On a busy machine, threads that wait for each other over such small tensors take several times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -18,16 +18,7 @@ from torch import Tensor
 from conftest import ROOT
 from tiny_wan import BLOCKS, DIM, make_network
 
-pytestmark = pytest.mark.usefixtures("comfyui")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine, threads that wait for each other over such small tensors take several times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread", "comfyui")
 
 
 def latent(*shape: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,18 +18,11 @@ from torch import Tensor
 
 from tiny_wan import BLOCKS, TOKENS, make_model, make_network, sample
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OVERRIDE = "optimized_attention_override"
 EVERYWHERE = {"start_percent": 0.0, "min_tokens": 0, "backend": "reference"}
 SPARSE = {**EVERYWHERE, "error_weight": 1.0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine, threads that wait for each other over such small tensors take several times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

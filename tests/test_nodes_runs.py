@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,15 +12,7 @@ from psa_pack.psa_core.models.wan import WAN22_5B
 from test_nodes_patch import EVERYWHERE, SPARSE, distance, patch, record
 from tiny_wan import BLOCKS, LATENT, TOKENS, make_model, sample
 
-pytestmark = pytest.mark.usefixtures("comfyui")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread", "comfyui")
 
 
 def test_an_order_is_planned_once_for_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:

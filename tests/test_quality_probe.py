@@ -7,7 +7,6 @@ import gc
 import math
 import re
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,12 @@ from torch import Tensor
 
 from tiny_wan import LATENT, make_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BLOCKS = 4
 STEPS = 4
 SPARSE = {"start_percent": 0.0, "min_tokens": 0, "backend": "reference", "error_weight": 0.3}
 OVERRIDE = "optimized_attention_override"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine, threads that wait for each other over such small tensors take several times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

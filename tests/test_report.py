@@ -13,16 +13,9 @@ import torch
 
 from tiny_wan import BLOCKS, make_model, sample
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SPARSE = {"start_percent": 0.5, "min_tokens": 0, "backend": "reference", "error_weight": 1.0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine, threads that wait for each other over such small tensors take several times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,11 @@ from torch import Tensor
 from test_nodes_patch import EVERYWHERE, OVERRIDE, SPARSE, distance, patch, record
 from tiny_wan import BLOCKS, DIM, TOKENS, make_model, make_network, sample
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXACT = {**EVERYWHERE, "error_weight": 0.0}
 STEPS = 10
 FRAMES = (5, 16, 18)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
