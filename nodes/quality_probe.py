@@ -20,8 +20,9 @@ from .preset_loader import PresetSocket
 from .probe import Probe, ProbedCall
 from .run_record import RunRecord
 from .session import PatchSettings
-from .status import status_line
+from .status import running_server, status_line, user_language
 from .suggestion import Curve, Suggestion, by_block, plain, suggest
+from .translations import translated
 
 PRESET_SUFFIX = "-probed"
 
@@ -167,6 +168,7 @@ class PSAQualityProbe(io.ComfyNode):
         weights = tuple(config.error_weight for config in probe.configs)
         suggestion = suggest(probe.calls, weights, wanted_error) if probe.calls else None
         report = describe(probe, patch.settings, record, suggestion, wanted_error)
+        report = translated(report, user_language(running_server()))
         status_line(cls.hidden.unique_id if cls.hidden else None)(report.partition("\n\nerror_weight |")[0])
         return io.NodeOutput(latent, report, suggested_preset(patch.settings, suggestion, wanted_error))
 

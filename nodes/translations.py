@@ -108,6 +108,58 @@ CHINESE = {
     "the sparse calls if dense: no estimate, as no dense call like {} of them was timed": (
         "稀疏调用若稠密：无法估计，其中 {} 次没有同样大小的稠密调用计过时"
     ),
+    # PSA Quality Probe; a line of its report that is a value to paste or a row of a table stays as it is.
+    "PSA Quality Probe: {}": "PSA 质量探测：{}",
+    "dense_blocks: leave as it is, no block stands out": "dense_blocks：保持原样，没有哪一块特别突出",
+    "No error_weight is suggested: this preset selects by {}, not by error.": (
+        "不建议 error_weight：这个预设按 {} 选择，而不是按误差。"
+    ),
+    "With that, expect an error of {} at density {} in the blocks that stay sparse; wanted was {}.": (
+        "这样，保持稀疏的块预计误差 {}，密度 {}；想要的是 {}。"
+    ),
+    "With that, expect an error of {} at density {}; wanted was {}.": "这样，预计误差 {}，密度 {}；想要的是 {}。",
+    (
+        "The wanted error is below all that were measured, so this is the smallest weight tried. Set it in the patch "
+        "and probe again."
+    ): "想要的误差低于所有测到的误差，所以这是试过的最小权重。请把它设到补丁里，再探测一次。",
+    (
+        "The wanted error is above all that were measured, so this is the largest weight tried. Set it in the patch "
+        "and probe again."
+    ): "想要的误差高于所有测到的误差，所以这是试过的最大权重。请把它设到补丁里，再探测一次。",
+    "This run with error_weight {} had an error of {} at density {}.": (
+        "这次运行的 error_weight 是 {}，误差 {}，密度 {}。"
+    ),
+    "This run had an error of {} at density {}.": "这次运行的误差是 {}，密度 {}。",
+    "This run was exact, with error_weight 0.": "这次运行是精确的，error_weight 为 0。",
+    "Errors at error_weight {}; the largest: {}": "error_weight 为 {} 时的误差；最大的：{}",
+    "Errors; the largest: {}": "误差；最大的：{}",
+    (
+        "{} of {} sparse calls were compared. Probing took {} s of {} s of sampling: the run was {} times as long as "
+        "without."
+    ): "{1} 次稀疏调用中比较了 {0} 次。采样用时 {3} 秒，其中探测 {2} 秒：这次运行的用时是不探测时的 {4} 倍。",
+    "No call of blocks {} is among them; a larger share would reach them.": (
+        "其中没有第 {} 块的调用；更大的比例会包括它们。"
+    ),
+    "{} comparisons were given up {}.": "{} 次比较被放弃：{}。",
+    "for want of memory": "内存不足",
+    "{} comparisons gave no finite error and are left out; in {} of them dense attention itself was not finite.": (
+        "{} 次比较没有得到有限的误差，未计入；其中 {} 次稠密注意力本身就不是有限的。"
+    ),
+    "Nothing was sampled, so nothing was measured. The preset is unchanged.": (
+        "什么都没采样，所以什么都没测到。预设不变。"
+    ),
+    "No attention call was sparse, so nothing was measured and the preset is unchanged. The run: {}": (
+        "没有一次注意力调用是稀疏的，所以什么都没测到，预设不变。这次运行：{}"
+    ),
+    "No comparison gave a number. The preset is unchanged.": "没有一次比较得出数值。预设不变。",
+    "None of the {} sparse calls was in the share; raise it. The preset is unchanged.": (
+        "{} 次稀疏调用中没有一次在探测比例之内；请加大比例。预设不变。"
+    ),
+    # PSA Compare.
+    "{} frames: PSNR {}, SSIM {}; worst, frame {}: PSNR {}, SSIM {}": (
+        "{} 帧：PSNR {}，SSIM {}；最差的第 {} 帧：PSNR {}，SSIM {}"
+    ),
+    "infinite, the same picture": "无穷大，画面相同",
 }
 """Chinese by English; {} stands for what differs, and is translated by itself."""
 

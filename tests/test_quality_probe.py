@@ -7,6 +7,8 @@ import gc
 import math
 import re
 import weakref
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -476,3 +478,60 @@ def test_dense_blocks_are_written_as_the_patch_takes_them(
     settings = dataclasses.replace(settings, preset=dataclasses.replace(preset, name="n" * 64))
     long = suggested_preset(settings, suggestion, 0.04)
     assert len(long.name) == 64 and long.name.endswith("n-probed")
+
+
+def reports() -> Iterator[str]:
+    """A report for everything that the node can have to say."""
+    from psa_pack.nodes.probe import Probe
+    from psa_pack.nodes.quality_probe import describe
+    from psa_pack.nodes.run_record import CallRecord, RunRecord
+    from psa_pack.nodes.session import PatchSettings
+    from psa_pack.nodes.suggestion import suggest
+
+    ranked = {"selection": "topk", "levels": (1, "skip"), "ranges": ((0, 0.5), (0.5, 1))}
+    sparse = tuple(CallRecord(0, block, 20, 1, 0.1, 0.2, (1, 0)) for block in range(13))
+    record = RunRecord("own mine", "finished", 1.0, 4, 4, 13, {}, "", 0, 0.2, 20, "reference", "", (1, "block"), sparse)
+    unused = dataclasses.replace(record, sparse_calls=0, calls=())
+
+    def report(config: PSAConfig, calls: Any, wanted: float, run: Any = record, **found: Any) -> str:
+        probe = Probe(config, 0.1)
+        probe.calls = calls
+        for name, value in found.items():
+            setattr(probe, name, value)
+        preset = Preset("mine", "own", "", "", config, Schedule())
+        settings = PatchSettings("own mine", "", preset, frozenset(), "auto", False)
+        weights = tuple(variant.error_weight for variant in probe.configs)
+        return describe(probe, settings, run, suggest(calls, weights, wanted) if calls else None, wanted)
+
+    usual, alike = PSAConfig(error_weight=0.016), [probed(block) for block in range(12)]
+    for wanted in (0.001, 0.2, 0.9):
+        yield report(usual, alike, wanted)
+    yield report(usual, [*alike, probed(12, 9.0)], 0.2)
+    yield report(PSAConfig(error_weight=0.0), alike, 0.2)
+    single = [dataclasses.replace(call, errors=call.errors[:1], densities=call.densities[:1]) for call in alike]
+    yield report(PSAConfig(**ranked), single, 0.2)
+    yield report(usual, alike, 0.2, dropped=Counter({"for want of memory": 2}), not_finite=3, dense_not_finite=1)
+    yield report(usual, [], 0.2, run=None)
+    yield report(usual, [], 0.2, run=unused)
+    yield report(usual, [], 0.2, not_finite=1)
+    yield report(usual, [], 0.2)
+
+
+def test_every_sentence_is_in_the_table(comfyui: Path) -> None:
+    from psa_pack.nodes.translations import CHINESE, translated
+
+    english = "\n".join(reports())
+    chinese = translated(english, "zh")
+    said = [
+        (line, other)
+        for line, other in zip(english.split("\n"), chinese.split("\n"), strict=True)
+        if line and "|" not in line and not re.match(r"(error_weight|dense_blocks): [\d, -.]+$", line)
+    ]
+    assert len(said) > 40
+    assert [line for line, other in said if line == other] == []
+    # and nothing in the table that is never said
+    begin = list(CHINESE).index("PSA Quality Probe: {}")
+    end = next(place for place, template in enumerate(CHINESE) if template.startswith("{} frames: PSNR"))
+    for template in list(CHINESE)[begin:end]:
+        if template != "for want of memory":
+            assert any(re.fullmatch(re.escape(template).replace(r"\{\}", ".+"), line) for line, _ in said), template
