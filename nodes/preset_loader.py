@@ -92,7 +92,7 @@ def load_preset(choice: str) -> Preset:
 
 
 def checked_preset(parameter: str, value: object) -> Preset:
-    """What a node got at a preset socket: a workflow may hold anything there instead of a link.
+    """What a node got at a preset input: a workflow may hold anything there instead of a link.
 
     Raises:
         PresetError: it is no preset.

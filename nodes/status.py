@@ -63,9 +63,9 @@ def _chosen_language() -> str:
 
 
 def _browser_language(server: Any) -> str:
-    """What the browser behind the running prompt likes best; it said so when it opened its socket."""
+    """What the browser behind the running prompt likes best; it said so when it connected."""
     sockets, client = getattr(server, "sockets", None) or {}, getattr(server, "client_id", None)
-    request = getattr(sockets.get(client), "_req", None)  # aiohttp has no public name for it
+    request = getattr(sockets.get(client), "_req", None)  # the web library has no public name for it
     languages = str(getattr(request, "headers", {}).get("Accept-Language", ""))
     return re.split("[,;]", languages)[0].strip()
 
