@@ -126,7 +126,7 @@ def changed_preset(frontend: Frontend) -> None:
 def probe(frontend: Frontend) -> None:
     """PSA Quality Probe in the sampler's place, its report beside it."""
     graph, model, common = demo_graph(frontend)
-    samples = graph.add("PSAQualityProbe", (680, 0), (320, 640), model=model, **common, share=0.2)
+    samples = graph.add("PSAQualityProbe", (680, 0), (320, 690), model=model, **common, share=0.2)
     graph.nodes[-1]["widgets_values"][1] = "fixed"
     graph.add("PreviewAny", (1040, 0), (560, 640), "Report", source=(samples[0], 1))
     frontend.load(graph.document("probe"))
@@ -140,13 +140,13 @@ def comparison(frontend: Frontend) -> None:
     graph, model, common = demo_graph(frontend)
     shift = next(node for node in graph.nodes if node["type"] == "ModelSamplingSD3")
     vae = graph.add("VAELoader", (680, 640), (280, 58), vae_name="wan_demo_vae.safetensors")
-    common["seed"] = graph.add("PrimitiveInt", (330, 460), (300, 82), "Seed of both", value=1)
+    common["seed"] = graph.add("PrimitiveInt", (330, 500), (300, 82), "Seed of both", value=1)
     graph.nodes[-1]["widgets_values"] = [1, "fixed"]
     videos = []
     for row, title, source in ((0, "Dense", (shift["id"], 0)), (1, "PSA", model)):
         samples = graph.add("KSampler", (680, 320 * row), (280, 262), title, model=source, **common)
         videos.append(graph.add("VAEDecode", (1000, 100 * row), (200, 46), f"{title} video", samples=samples, vae=vae))
-    images = graph.add("PSACompare", (1000, 200), (200, 220), dense=videos[0], psa=videos[1])
+    images = graph.add("PSACompare", (1000, 200), (220, 220), dense=videos[0], psa=videos[1])
     graph.add("SaveAnimatedWEBP", (1240, 0), (560, 420), images=images, fps=16.0, filename_prefix="comparison")
     frontend.load(graph.document("comparison"))
     run_to_the_end(frontend)
@@ -161,7 +161,7 @@ def demo_graph(frontend: Frontend) -> tuple[Graph, Output, dict[str, Any]]:
     model = graph.add("ModelSamplingSD3", (0, 130), (280, 58), model=model, shift=3)
     backend = "reference" if frontend.server.cpu else "auto"
     model = graph.add(
-        "PSAAttentionPatch", (330, 0), (300, 400), model=model, error_weight=0.004, start_percent=0.3, min_tokens=0,
+        "PSAAttentionPatch", (330, 0), (300, 440), model=model, error_weight=0.004, start_percent=0.3, min_tokens=0,
         backend=backend,
     )  # fmt: skip
     positive = graph.add("PSADemoPrompt", (0, 260), (280, 82), "Positive prompt", subject="bunny")

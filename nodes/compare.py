@@ -64,9 +64,10 @@ class PSACompare(io.ComfyNode):
         similarities = [ssim(a, b) for a, b in pairs]
         worst = int(np.argmax(differences))
         whole = _figures(float(np.mean(differences)), float(np.mean(similarities)))
-        text = f"{len(pairs)} frames: {whole}; worst, frame {worst + 1}: "
-        text += _figures(differences[worst], similarities[worst])
-        status_line(cls.hidden.unique_id if cls.hidden else None)(text)
+        least = _figures(differences[worst], similarities[worst])
+        text = f"{len(pairs)} frames: {whole}; worst, frame {worst + 1}: {least}"
+        lines = f"{len(pairs)} frames:", whole, f"worst, frame {worst + 1}:", least
+        status_line(cls.hidden.unique_id if cls.hidden else None)("\n".join(lines))
         return io.NodeOutput(_draw(pairs, differences, similarities, text), text)
 
 

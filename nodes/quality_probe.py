@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -169,7 +170,7 @@ class PSAQualityProbe(io.ComfyNode):
         suggestion = suggest(probe.calls, weights, wanted_error) if probe.calls else None
         report = describe(probe, patch.settings, record, suggestion, wanted_error)
         report = translated(report, user_language(running_server()))
-        status_line(cls.hidden.unique_id if cls.hidden else None)(report.partition("\n\nerror_weight |")[0])
+        status_line(cls.hidden.unique_id if cls.hidden else None)(beginning(report))
         return io.NodeOutput(latent, report, suggested_preset(patch.settings, suggestion, wanted_error))
 
 
@@ -247,6 +248,12 @@ def describe(
         paragraphs.append(_table_of_blocks(probe))
     paragraphs.append(_cost(probe, record))
     return "\n\n".join(filter(None, paragraphs))
+
+
+def beginning(report: str) -> str:
+    """What has room on the node: the report without its title, up to the first table."""
+    _, *paragraphs = report.split("\n\n")
+    return "\n".join(itertools.takewhile(lambda paragraph: " | " not in paragraph, paragraphs))
 
 
 def _nothing_measured(probe: Probe, record: RunRecord | None) -> str:

@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 from .attention_patch import AttentionPatch
 from .report_picture import THEMES, draw_message, draw_run, most_first, seconds_text
 from .run_facts import RunFacts
-from .run_record import RunRecord, compared_with_dense
+from .run_record import RunRecord
 from .status import running_server, user_language
 from .translations import translated
 
@@ -72,7 +72,7 @@ def report_text(run: RunRecord, facts: RunFacts) -> str:
     """The report in English, a fact on each line."""
     if run.unused_cause:
         return "\n".join([f"PSA {run.title}", *run.summary()])
-    lines = [f"PSA {run.title}", compared_with_dense(run.calls), f"{run.sparse_steps} of {run.steps} steps sparse"]
+    lines = [f"PSA {run.title}", run.comparison, f"{run.sparse_steps} of {run.steps} steps sparse"]
     if run.density is not None:
         lines.append(f"mean density {run.density:.2f} ({run.backend})")
     lines += [f"{run.tokens} tokens", f"sparse calls: {run.sparse_calls}, dense: {sum(run.dense_calls.values())}"]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from .run_facts import RunFacts
-from .run_record import RunRecord, compared_with_dense
+from .run_record import RunRecord
 
 WIDTH = 1024
 """Width of every picture in pixels."""
@@ -120,10 +120,11 @@ def draw_message(title: str, text: str, theme: str) -> Image.Image:
 
 
 def _tiles(run: RunRecord) -> list[tuple[str, str]]:
-    words = compared_with_dense(run.calls).removeprefix("attention ")
+    words = run.comparison.removeprefix("attention ")
     speed, _, direction = words.partition(" ") if words[:1].isdigit() else ("as dense" if words else "-", "", "")
+    label = "speed of attention" if run.backend != "reference" else "speed: reference is slow"
     return [
-        (speed, f"attention, {direction} than dense" if direction else "speed of attention"),
+        (speed, f"attention, {direction} than dense" if direction else label),
         ("-" if run.density is None else f"{run.density:.2f}", "mean density, sparse calls"),
         (f"{run.sparse_steps} of {run.steps}", "steps sparse"),
         (str(run.tokens), "tokens"),

@@ -75,13 +75,18 @@ class RunRecord:
         """Median time of a dense call over that of a sparse one of the same size; None where one kind is missing."""
         return speedup(self.calls)
 
+    @property
+    def comparison(self) -> str:
+        """The speedup in words; empty where it is not known, or the backend is not one to be fast."""
+        return "" if self.backend == "reference" else compared_with_dense(self.calls)
+
     def summary(self) -> list[str]:
         """The run in short lines, to be read at a glance."""
         lines = []
         if self.unused_cause:
             lines += ["not used:", self.unused_cause]
         else:
-            lines += filter(None, [compared_with_dense(self.calls)])
+            lines += filter(None, [self.comparison])
             lines.append(f"{self.sparse_steps} of {self.steps} steps sparse")
             if self.density is not None:
                 lines.append(f"mean density {self.density:.2f} ({self.backend})")

@@ -156,10 +156,9 @@ CHINESE = {
         "{} 次稀疏调用中没有一次在探测比例之内；请加大比例。预设不变。"
     ),
     # PSA Compare.
-    "{} frames: PSNR {}, SSIM {}; worst, frame {}: PSNR {}, SSIM {}": (
-        "{} 帧：PSNR {}，SSIM {}；最差的第 {} 帧：PSNR {}，SSIM {}"
-    ),
-    "infinite, the same picture": "无穷大，画面相同",
+    "{} frames:": "{} 帧：",
+    "worst, frame {}:": "最差的第 {} 帧：",
+    "PSNR infinite, the same picture, SSIM {}": "PSNR 无穷大，画面相同，SSIM {}",
 }
 """Chinese by English; {} stands for what differs, and is translated by itself."""
 

@@ -300,8 +300,8 @@ def test_a_probe_in_the_samplers_place_gives_its_latent_and_a_report(server: Com
     text = report(run, sampler)
     assert f"6 of {STEPS * BLOCKS} sparse calls were compared" in text
     shown = [text for node, text in run.texts if node == sampler][-1]
-    assert unfolded(shown).startswith("PSA Quality Probe: wan2.1_1.3b balanced error_weight: 0.")
-    assert unfolded(text).startswith(unfolded(shown))
+    assert shown.startswith("error_weight: 0.")
+    assert unfolded(text).startswith(f"PSA Quality Probe: wan2.1_1.3b balanced {unfolded(shown)} error_weight |")
     assert "\nmean density " in next(text for node, text in run.texts[::-1] if node != sampler)
 
 
@@ -384,7 +384,8 @@ def test_dense_and_psa_are_compared_on_the_picture(server: ComfyServer) -> None:
     similar = np.mean([structural_similarity(a, b, channel_axis=-1) for a, b in zip(dense, psa, strict=True)])
     expected = f"5 frames: PSNR {peak_signal_noise_ratio(dense, psa):.1f} dB, SSIM {similar:.3f}; worst, frame "
     assert figures.startswith(expected)
-    assert ("compare", figures) in [(node, unfolded(text)) for node, text in run.texts]
+    shown = figures.replace("; worst", " worst")  # on the node it stands in lines of its own
+    assert ("compare", shown) in [(node, unfolded(text)) for node, text in run.texts]
     bar = (both.shape[1] - 96) // 2
     assert np.abs(both[:, bar:-bar].astype(int) - np.concatenate((dense, psa), axis=2)).max() <= 1
     (ROOT / "tests/out").mkdir(exist_ok=True)
