@@ -126,7 +126,7 @@ def changed_preset(frontend: Frontend) -> None:
 def probe(frontend: Frontend) -> None:
     """PSA Quality Probe in the sampler's place, its report beside it."""
     graph, model, common = demo_graph(frontend)
-    samples = graph.add("PSAQualityProbe", (680, 0), (320, 690), model=model, **common, share=0.2)
+    samples = graph.add("PSAQualityProbe", (680, 0), (320, 650), model=model, **common, share=0.2)
     graph.nodes[-1]["widgets_values"][1] = "fixed"
     graph.add("PreviewAny", (1040, 0), (560, 640), "Report", source=(samples[0], 1))
     frontend.load(graph.document("probe"))
