@@ -27,8 +27,8 @@ CORE_TESTS = (
     "schedule",
 )  # fmt: skip
 NODE_TESTS = (
-    "concurrency", "faults", "load_cogvideox", "nodes_cogvideox", "nodes_models", "nodes_override", "nodes_patch",
-    "nodes_schema", "preset_node", "supply_chain",
+    "compare", "concurrency", "faults", "load_cogvideox", "nodes_cogvideox", "nodes_models", "nodes_override",
+    "nodes_patch", "nodes_runs", "nodes_schema", "preset_node", "quality_probe", "report", "status", "supply_chain",
 )  # fmt: skip
 OMITTED = "psa_core/backends/triton/*"
 
