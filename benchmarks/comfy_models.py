@@ -107,8 +107,12 @@ def shrink(model: VideoModel) -> VideoModel:
     )
 
 
-def import_comfyui(path: Path) -> str:
+def import_comfyui(path: Path, vram: str = "") -> str:
     """Make ComfyUI importable, without a GPU on the CPU, and return its version.
+
+    Args:
+        path: Its source folder.
+        vram: ``lowvram`` or ``novram`` for ComfyUI's option of that name.
 
     Raises:
         ValueError: there is no ComfyUI.
@@ -121,6 +125,8 @@ def import_comfyui(path: Path) -> str:
     if not torch.cuda.is_available():
         arguments.cpu = True
         arguments.use_pytorch_cross_attention = True
+    if vram:
+        setattr(arguments, vram, True)
     return str(importlib.import_module("comfyui_version").__version__)
 
 
@@ -138,7 +144,10 @@ def import_pack() -> Any:
 
 
 def load(model: VideoModel, dtype: torch.dtype) -> Any:
-    """A ModelPatcher around the network with random weights, through ComfyUI's own detection and loading."""
+    """A ModelPatcher around the network with random weights, through ComfyUI's own detection and loading.
+
+    Where ComfyUI spares the GPU's memory, the weights lie in main memory, from where it fetches them as it runs.
+    """
     import comfy.model_management
     import comfy.ops
     import comfy.sd
@@ -149,7 +158,9 @@ def load(model: VideoModel, dtype: torch.dtype) -> Any:
     except ImportError:
         raise ValueError(f"this ComfyUI has no {module}") from None
     network = network_class(**model.settings, device="meta", dtype=dtype, operations=comfy.ops.disable_weight_init)
-    device = comfy.model_management.get_torch_device()
+    management = comfy.model_management
+    sparing = management.vram_state in (management.VRAMState.LOW_VRAM, management.VRAMState.NO_VRAM)
+    device = torch.device("cpu") if sparing else management.get_torch_device()
     element = torch.zeros((), dtype=dtype, device=device)  # every weight is a view of it until it is filled
     weights = {name: element.expand(weight.shape) for name, weight in network.state_dict().items()}
     patcher = comfy.sd.load_diffusion_model_state_dict(weights, {"offload_device": device, "dtype": dtype})

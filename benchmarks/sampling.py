@@ -13,8 +13,9 @@ gives them on the model's own queries, keys and values; read the presets' speed 
 on Hopper. All steps of a PSA run are sparse: a preset's ``start_percent`` is set aside, its other settings hold.
 
 Writes ``sampling-<device>.json``: ``{device, versions, commit, records: [{model, weights, resolution, frames, tokens,
-method, preset, error_weight, density, seconds_per_step, attention_share, attention_calls_per_step, peak_vram_mib}]}``;
-the file is saved after every run and gone on with by a later one of the same device, versions and commit.
+vram, method, preset, error_weight, density, seconds_per_step, attention_share, attention_calls_per_step,
+peak_vram_mib}]}``; the file is saved after every run and gone on with by a later one of the same device, versions and
+commit. With ``--vram lowvram`` or ``novram`` ComfyUI holds the weights in main memory and fetches them as it runs.
 ``attention_share`` is self-attention's part of the step; as many calls as blocks mean that ComfyUI ran the prompt and
 the negative one in a batch.
 """
@@ -57,12 +58,14 @@ DENSE = ("dense", "dense cudnn")
 PRESETS = ("balanced", "quality", "fast")
 RUNS = (*DENSE, *PRESETS, "density")
 DENSITIES = (0.15, 0.3)
-KEY = ("model", "method", "preset")
+VRAM = ("normal", "lowvram", "novram")
+PROBED_BLOCKS = 6
+KEY = ("vram", "model", "method", "preset")
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    comfyui = comfy_models.import_comfyui(args.comfyui)
+    comfyui = comfy_models.import_comfyui(args.comfyui, "" if args.vram == "normal" else args.vram)
     comfy_models.import_pack()
     machine = describe_machine(args.commit)
     machine["versions"] |= {"comfyui": comfyui, "comfy_kitchen": installed("comfy_kitchen")}
@@ -77,6 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
             "resolution": model.resolution,
             "frames": model.frames,
             "tokens": model.tokens,
+            "vram": args.vram,
         }
         try:
             patcher = comfy_models.load(model, dtype)
@@ -117,6 +121,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", type=names(RUNS), default=list(RUNS), help="likewise")
     parser.add_argument("--densities", type=densities, default=list(DENSITIES), help="of the runs at fixed density")
     parser.add_argument("--steps", type=int, default=3, help="of every run; the first one is not timed")
+    parser.add_argument("--vram", choices=VRAM, default="normal", help="ComfyUI's option of that name")
     parser.add_argument("--tiny", action="store_true", help="models of two small blocks, to try the program itself")
     parser.add_argument("--commit", default=checked_out_commit(), help="where there is no git: the commit measured")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -125,8 +130,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("COMFYUI_PATH or --comfyui must name a ComfyUI source folder")
     if args.steps < 2:
         parser.error(f"argument --steps: {args.steps} is less than 2, of which the first is not timed")
-    if not args.tiny and not torch.cuda.is_available():
-        parser.error("there is no CUDA device to measure on; --tiny only tries the program")
+    if not torch.cuda.is_available():
+        if not args.tiny:
+            parser.error("there is no CUDA device to measure on; --tiny only tries the program")
+        if args.vram != "normal":
+            parser.error("argument --vram: without a CUDA device there is no memory to spare")
     return args
 
 
@@ -147,10 +155,10 @@ def measure_densities(patcher: Any, model: VideoModel, args: argparse.Namespace)
     nodes = pack("nodes.attention_patch")
     family = nodes.identify(patcher.get_model_object("diffusion_model")).preset_family
     config = nodes.load_preset(f"{family}/balanced").config
-    probe = Probe(model)
+    probe = Probe(model, args.steps // 2)
     probed = patch_model(patcher, args, "balanced")
     probe.attach(probed)
-    comfy_models.sample(probed, model, 1, lambda *_: None)
+    comfy_models.sample(probed, model, args.steps, lambda *_: None)
     weights = {density: probe.error_weight(config, density) for density in args.densities}
     del probe, probed
     release_memory()
@@ -325,17 +333,18 @@ class AttentionClock(SelfAttentionHook):
 
 
 class Probe(SelfAttentionHook):
-    """Keeps the self-attention inputs of the first, a middle and the last block.
+    """Keeps the self-attention inputs of blocks spread evenly over a model, from one step.
 
     Args:
         model: The model that will be sampled.
+        step: Which step of its run, from 0 on.
     """
 
-    def __init__(self, model: VideoModel) -> None:
+    def __init__(self, model: VideoModel, step: int) -> None:
         super().__init__(model.tokens)
         self._layout = pack("psa_core").TokenLayout(model.grid, video_start=model.text if model.joint_text else 0)
-        blocks = model.settings["num_layers"]
-        self._wanted = {0, blocks // 2, blocks - 1}
+        blocks, kept = model.settings["num_layers"], min(model.settings["num_layers"], PROBED_BLOCKS)
+        self._wanted = {step * blocks + (2 * part + 1) * blocks // (2 * kept) for part in range(kept)}
         self._seen = 0
         self._kept: list[tuple[Tensor, ...]] = []
 

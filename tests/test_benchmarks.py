@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import attention, comfy_models, learned, measure, peers, sampling
+from benchmarks import attention, comfy_models, first_use, learned, measure, peers, sampling
 from benchmarks.results_file import ResultFile
 from psa_core import TokenLayout, psa_attention
 from psa_core.presets import load_presets
@@ -55,13 +57,14 @@ def test_a_perfect_result_has_no_error() -> None:
     assert measure.errors(worse, out[:, chosen])["worst_head"] == pytest.approx(0.1, rel=1e-4)
 
 
+@pytest.mark.parametrize("main", [attention.main, lambda: first_use.main([])], ids=["attention", "first_use"])
 def test_without_a_gpu_the_benchmark_says_so(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    main: Callable[[], None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["attention.py"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
-        attention.main()
+        main()
     assert "there is no CUDA device to measure on" in capsys.readouterr().err
 
 
@@ -210,6 +213,32 @@ def test_a_run_that_fell_back_to_dense_is_no_measurement(
     (record,) = json.loads(path.read_text())["records"]
     assert record["failed"].startswith("not every step was sparse: 0 sparse calls")
     assert "no such kernel" in record["failed"]
+
+
+@pytest.mark.parametrize("vram", ["lowvram", "novram"])
+def test_memory_is_spared_on_a_gpu_only(
+    vram: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        sampling.main(["--tiny", "--comfyui", "/nowhere", "--vram", vram])
+    assert "argument --vram: without a CUDA device there is no memory to spare" in capsys.readouterr().err
+
+
+def test_the_density_is_looked_for_in_blocks_all_over_the_model() -> None:
+    comfy_models.import_pack()
+    probe = sampling.Probe(comfy_models.MODELS["wan2.1_14b"], step=1)
+    call = SimpleNamespace(q=0, k=0, v=0, heads_first=lambda _: torch.full((2, 1), float(probe._seen)))
+    for _ in range(120):
+        probe.see(call, lambda: None)
+    assert [int(q.item()) for q, _, _ in probe._kept] == [43, 50, 56, 63, 70, 76]
+
+
+def test_first_use_is_timed_with_the_self_check_in_it() -> None:
+    record = first_use.measure_here(64, 2, ((2, 9, 9), (1, 8, 9)), "cpu")
+    assert record["seconds"] > record["self_check_seconds"] > 0
+    assert record["second_call_seconds"] > 0 and record["other_size_seconds"] > 0
+    assert record["kernels"] == record["kernels_of_other_size"] == 0  # interpreted
 
 
 def test_the_models_have_the_sizes_of_the_attention_cases() -> None:
