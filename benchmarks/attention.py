@@ -62,6 +62,7 @@ from psa_core.presets import load_presets  # noqa: E402
 from psa_core.synthetic import structured  # noqa: E402
 
 TARGET_DENSITY = 0.15
+SMALL_WORKSPACE = 256  # MiB, half the default
 SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 METHODS = (*SDPA, "psa", *PEERS, "matched")
 MATCHED_TAU = "tau 1"
@@ -245,11 +246,14 @@ def reason(error: Exception) -> str:
 
 
 def configs_of_case(case: Case, q: Tensor, k: Tensor, v: Tensor) -> dict[str, PSAConfig]:
-    """Every preset of the case's family, the common density, and FlexAttention's blocks."""
+    """Every preset of the case's family, the common density, the same in less memory, and FlexAttention's blocks."""
     base = plan_order(case.layout, PSAConfig(error_weight=0.0), "cuda")
     configs = {name: preset.config for name, preset in load_presets(ROOT / "presets" / f"{case.family}.yaml").items()}
     configs[f"density {TARGET_DENSITY}"] = config_of_density(
         lambda config: density_of(case, base, config, q, k, v), TARGET_DENSITY
+    )
+    configs[f"density {TARGET_DENSITY}, {SMALL_WORKSPACE} MiB"] = replace(
+        configs[f"density {TARGET_DENSITY}"], workspace_mib=SMALL_WORKSPACE
     )
     for key_block in FLEX_KEY_BLOCKS:
         configs[exact_blocks_name(key_block)] = exact_blocks_config(case.layout, TARGET_DENSITY, key_block)

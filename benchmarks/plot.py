@@ -308,6 +308,7 @@ def draw_stages(records: list[Record], theme: Theme) -> Figure:
 def draw_sampling(records: list[Record], theme: Theme) -> Figure:
     """Seconds of a sampling step, dense and at fixed densities (those of the presets are not a real model's)."""
     shown = [r for r in records if r["method"] != "psa" or r["preset"].startswith("density")]
+    shown = [r for r in shown if r.get("vram", "normal") == "normal"]
     models = in_order(grouped(shown, "model"))
     columns = min(2, len(models))
     rows = math.ceil(len(models) / columns)
