@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .attention import plan_order, psa_attention
+from .backends import resolve
 from .config import PSAConfig
 from .layout import TokenLayout
 from .ordering import TokenOrder
@@ -45,6 +46,7 @@ def self_check(device: torch.device, dtype: torch.dtype, head_dim: int, backend:
     config = PSAConfig(error_weight=1e-3)
     order = plan_order(layout, config, device)
     q, k, v = _inputs(layout, order, head_dim, device, dtype)
+    resolve(backend, q).warm_up(q, k, v, order, config, head_dim**-0.5)
     out, stats = psa_attention(q, k, v, layout=layout, config=config, backend=backend, order=order, stats=True)
     exact = _dense(q.double(), k.double(), v.double())  # fp64: no setting of the user's makes it less than exact
     error = float((out.double() - exact).norm() / exact.norm())

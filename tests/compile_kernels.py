@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,13 @@ LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 LAYOUT = TokenLayout((4, 16, 24), video_start=16)
 
 
-def record_launches(
-    head_dim: int, dtype: torch.dtype, config: PSAConfig, sm: int, layout: TokenLayout = LAYOUT, heads: int = 2
-) -> list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]]:
-    """Kernel, arguments and keywords of every launch of one call, none of which runs."""
-    launches: list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]] = []
+Launch = tuple[JITFunction, tuple[Any, ...], dict[str, Any]]
+
+
+@contextmanager
+def recording(sm: int) -> Iterator[list[Launch]]:
+    """Kernel, arguments and keywords of every launch inside, none of which runs, with the settings for ``sm``."""
+    launches: list[Launch] = []
 
     def note(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launches.append((kernel, args, kwargs))
@@ -60,14 +63,22 @@ def record_launches(
     JITFunction.run = note
     backend.attend.__globals__["capability"] = lambda device: sm
     try:
-        order = plan_order(layout, config, "cpu")
-        q = torch.zeros(1, layout.tokens, heads, head_dim, dtype=dtype).transpose(1, 2)
-        prepared = backend.prepare(q, q, q, order, config, head_dim**-0.5)
-        selection = backend.select(prepared, backend.importance(prepared))
-        backend.attend(prepared, selection, torch.empty_like(q))
+        yield launches
     finally:
         JITFunction.run = original
         backend.attend.__globals__["capability"] = capability
+
+
+def record_launches(
+    head_dim: int, dtype: torch.dtype, config: PSAConfig, sm: int, layout: TokenLayout = LAYOUT, heads: int = 2
+) -> list[Launch]:
+    """Every launch of one call."""
+    order = plan_order(layout, config, "cpu")
+    q = torch.zeros(1, layout.tokens, heads, head_dim, dtype=dtype).transpose(1, 2)
+    with recording(sm) as launches:
+        prepared = backend.prepare(q, q, q, order, config, head_dim**-0.5)
+        selection = backend.select(prepared, backend.importance(prepared))
+        backend.attend(prepared, selection, torch.empty_like(q))
     return launches
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -74,4 +75,63 @@ def test_what_the_self_check_compiled_serves_every_size() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     program = SIZES_PROGRAM.format(folder=str(Path(__file__).parent))
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+AHEAD_PROGRAM = """
+import sys
+sys.path.insert(0, {folder!r})
+import torch
+from compile_kernels import LAYOUT, record_launches, recording, specialize
+from psa_core import PSAConfig, plan_order
+from psa_core.backends.triton.warm_up import attend_to_nothing
+
+config = PSAConfig(error_weight=0.001)
+for head_dim in (64, 128):
+    for sm in (80, 90):
+        q = torch.zeros(1, LAYOUT.tokens, 2, head_dim, dtype=torch.bfloat16).transpose(1, 2)
+        with recording(sm) as ahead:
+            attend_to_nothing(q, plan_order(LAYOUT, config, "cpu"), config, head_dim**-0.5)
+        called = record_launches(head_dim, torch.bfloat16, config, sm)[-1]
+        assert called[0].__name__ == "_attend_kernel"
+        ((kernel, args, kwargs),) = ahead
+        assert kernel is called[0] and specialize(kernel, args, kwargs) == specialize(*called), (head_dim, sm)
+"""
+
+
+def test_what_is_compiled_ahead_is_what_a_call_launches() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    program = AHEAD_PROGRAM.format(folder=str(Path(__file__).parent))
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+WARM_UP_PROGRAM = """
+import os
+from pathlib import Path
+import torch
+from psa_core import PSAConfig, TokenLayout, plan_order, psa_attention
+from psa_core.backends import resolve
+
+def count_kernels():
+    return len(list(Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin")))
+
+layout, config = TokenLayout((4, 9, 20), video_start=40), PSAConfig(error_weight=0.001)
+q, k, v = torch.randn(3, 1, 2, layout.tokens, 64, device="cuda", dtype=torch.bfloat16)
+resolve("triton", q).warm_up(q, k, v, plan_order(layout, config, "cuda"), config, 0.125)
+before = count_kernels()
+psa_attention(q, k, v, layout=layout, config=config, backend="triton", stats=True)
+torch.cuda.synchronize()
+assert before == count_kernels() == 9, (before, count_kernels())
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_after_the_warm_up_a_call_compiles_nothing(tmp_path: Path) -> None:
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    pack = Path(__file__).resolve().parents[1]
+    run = subprocess.run(
+        [sys.executable, "-c", WARM_UP_PROGRAM], cwd=pack, env=environment, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr[-2000:]

@@ -193,6 +193,19 @@ def test_the_self_check_passes(dtype: torch.dtype) -> None:
     self_check.__wrapped__(torch.device(DEVICE), dtype, 64, "triton")
 
 
+@pytest.mark.parametrize(
+    "layout", [TokenLayout((3, 9, 11), video_start=70), TokenLayout((4, 8, 8)), TokenLayout((1, 2, 3), 4)], ids=str
+)
+def test_the_kernels_warm_up(layout: TokenLayout) -> None:
+    """Launched ahead with empty lists, the attention kernel reads and writes nothing but its own; then all are."""
+    q, k, v = low_precision(random_inputs(layout, 64), torch.float16)
+    order = plan(layout, MIXED, DEVICE)
+    import_module(f"{triton_backend().__name__}.warm_up").attend_to_nothing(q, order, MIXED, 0.125)
+    triton_backend().warm_up(q, k, v, order, MIXED, 0.125)
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("sm", [80, 86, 90, 100, 120])
 def test_settings_of_every_gpu_generation_are_right(sm: int, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:

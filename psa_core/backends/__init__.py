@@ -22,7 +22,7 @@ class BackendUnavailable(RuntimeError):
 
 
 class Backend(Protocol):
-    """Four steps, each of which answers the same in every backend, up to rounding.
+    """Four steps, each of which answers the same in every backend, up to rounding, and what goes with them.
 
     ``prepared`` and ``selection`` are the backend's own; they are only handed back to it.
     """
@@ -44,6 +44,9 @@ class Backend(Protocol):
 
     def count(self, prepared: Any, selection: Any) -> tuple[Tensor, Tensor]:
         """Density ``[B, H]`` and number of video pairs at each level ``[B, H, levels]``."""
+
+    def warm_up(self, q: Tensor, k: Tensor, v: Tensor, order: TokenOrder, config: PSAConfig, scale: float) -> None:
+        """Have ready what a call needs, which its first one would wait for."""
 
 
 def resolve(name: str, q: Tensor) -> Backend:

@@ -173,3 +173,7 @@ def _selected_rows(
         values.append(level_values[b, h, chosen][filled])
         biases.append((counts.to(level_bias.dtype).log() + level_bias[b, h, i, chosen, None])[filled])
     return torch.cat(keys), torch.cat(values), torch.cat(biases)
+
+
+def warm_up(q: Tensor, k: Tensor, v: Tensor, order: TokenOrder, config: PSAConfig, scale: float) -> None:
+    """Nothing: plain torch has nothing to compile."""

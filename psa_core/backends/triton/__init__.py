@@ -5,5 +5,6 @@ from .importance import importance
 from .pyramid import prepare
 from .select import count, select, select_given
 from .storage import workspace_bytes_per_head
+from .warm_up import warm_up
 
-__all__ = ["attend", "count", "importance", "prepare", "select", "select_given", "workspace_bytes_per_head"]
+__all__ = ["attend", "count", "importance", "prepare", "select", "select_given", "warm_up", "workspace_bytes_per_head"]
