@@ -98,14 +98,42 @@ def test_the_guides_table_of_presets() -> None:
     assert_in_guide(rows)
 
 
+def seconds_per_step(vram: str = "normal") -> dict[tuple[str, str, str], float]:
+    found = records("sampling-nvidia-h100-80gb-hbm3")
+    return {(r["model"], r["method"], r["preset"]): r["seconds_per_step"] for r in found if r["vram"] == vram}
+
+
+def test_the_readmes_table_of_steps() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    seconds = seconds_per_step()
+    models = {
+        "wan2.1_14b": "Wan 2.1 14B, 1280x720, 81 frames",
+        "wan2.1_1.3b": "Wan 2.1 1.3B, 832x480, 81 frames",
+        "wan2.2_5b": "Wan 2.2 5B, 1280x704, 121 frames",
+        "cogvideox_5b": "CogVideoX 5B, 720x480, 49 frames",
+    }
+    for model, title in models.items():
+        dense, cudnn = seconds[model, "dense", ""], seconds[model, "dense cudnn", ""]
+        sparse = seconds[model, "psa", "density 0.15"]
+        assert f"| {title} | {dense:.2f} s | {cudnn:.2f} s | {sparse:.2f} s | {dense / sparse:.1f}x |" in readme
+    found = records("sampling-nvidia-h100-80gb-hbm3")
+    densities = [r["density"] for r in found if r["preset"] == "density 0.15"]
+    assert f"measured: {min(densities):.2f} to {max(densities):.2f}" in readme
+    novram = seconds_per_step("novram")
+    sparse, dense = novram["wan2.1_1.3b", "psa", "balanced"], novram["wan2.1_1.3b", "dense", ""]
+    peak = max(r["peak_vram_mib"] for r in found if r["vram"] == "novram")
+    said = f"takes {peak / 1024:.1f} GiB, and {sparse:.2f} s a step with PSA instead of {dense:.2f} s"
+    assert said in " ".join(readme.split())
+
+
 def test_the_guides_table_of_start_percent() -> None:
-    by_key = {(r["model"], r["method"], r["preset"]): r["seconds_per_step"] for r in records("sampling-nvidia-h200")}
+    by_key = seconds_per_step()
     rows = [
         "| dense at first | " + " | ".join(f"{share:.0%}" for share in (1, 0.3, 0.2, 0.1, 0)) + " |",
         "|---" * 6 + "|",
     ]
     for model, title in (("wan2.1_14b", "Wan 2.1 14B"), ("wan2.1_1.3b", "Wan 2.1 1.3B"), ("wan2.2_5b", "Wan 2.2 5B")):
-        dense, sparse = by_key[model, "dense cudnn", ""], by_key[model, "psa", "balanced"]
+        dense, sparse = by_key[model, "dense cudnn", ""], by_key[model, "psa", "density 0.15"]
         means = [share * dense + (1 - share) * sparse for share in (1, 0.3, 0.2, 0.1, 0)]
         rows.append(f"| {title} | " + " | ".join(f"{mean:.2f} s" for mean in means) + " |")
     assert_in_guide(rows)
