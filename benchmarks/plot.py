@@ -258,11 +258,11 @@ def draw_tokens(records: list[Record], theme: Theme) -> Figure:
             x, y = [record["tokens"] for record in mine], [record["ms"] / record["heads"] for record in mine]
             axis.plot(x, y, dash, color=style.colour, marker=style.marker, markersize=4.5, markeredgewidth=0)
             text = style.label + (f", {preset}" if method == "psa" else "")
-            labels.append(axis.text(x[-1], y[-1], f" {text}", color=style.colour, fontsize=7.5, va="center"))
+            labels.append(axis.text(1.05 * x[-1], y[-1], text, color=style.colour, fontsize=7.5, va="center"))
         numbers(axis.xaxis, lambda tokens: f"{tokens:,.0f}".replace(",", " "))
         numbers(axis.yaxis, "{:g}".format)
         low, high = axis.get_xlim()
-        axis.set_xlim(low, high * (high / low) ** 0.55)  # room for the labels
+        axis.set_xlim(low, high * (high / low) ** 0.65)  # room for the labels
         figure.draw_without_rendering()
         adjust_text(labels, ax=axis, only_move={"text": "y", "static": "y", "explode": "y", "pull": "y"})
     return figure
@@ -307,8 +307,8 @@ def draw_stages(records: list[Record], theme: Theme) -> Figure:
 
 def draw_sampling(records: list[Record], theme: Theme) -> Figure:
     """Seconds of a sampling step, dense and at fixed densities (those of the presets are not a real model's)."""
-    shown = [r for r in records if r["method"] != "psa" or r["preset"].startswith("density")]
-    shown = [r for r in shown if r.get("vram", "normal") == "normal"]
+    usual = [r for r in records if r["vram"] == "normal"]
+    shown = [r for r in usual if r["method"] != "psa" or r["preset"].startswith("density")]
     models = in_order(grouped(shown, "model"))
     columns = min(2, len(models))
     rows = math.ceil(len(models) / columns)

@@ -33,7 +33,9 @@ def results(tmp_path: Path) -> Path:
         {"case": "wan2.1_14b_720p_81f", "input": "structured", "method": "sage", "preset": "", "failed": "no"},
     ]
     run = {"model": "wan2.1_14b", "preset": "", "method": "dense", "density": 1.0, "seconds_per_step": 30.0}
+    run |= {"vram": "normal"}
     sampling = [run, run | {"method": "psa", "preset": "density 0.15", "density": 0.15, "seconds_per_step": 12.0}]
+    sampling += [run | {"vram": "novram", "seconds_per_step": 45.0}]
     for kind, records in (("attention", attention), ("sampling", sampling)):
         (tmp_path / f"{kind}-a-gpu.json").write_text(json.dumps({"records": records}))
     return tmp_path
@@ -53,6 +55,13 @@ def test_every_picture_is_drawn_for_both_pages(results: Path, tmp_path: Path) ->
     plot.main(["--results", str(results), "--out", str(tmp_path / "second")])
     for name in names:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def test_steps_with_spared_memory_are_another_matter(results: Path) -> None:
+    records = json.loads((results / "sampling-a-gpu.json").read_text())["records"]
+    axis, *others = plot.draw_sampling(records, plot.THEMES[0]).axes
+    assert [bar.get_width() for bar in axis.patches] == [30.0, 12.0]
+    assert not others
 
 
 def test_a_device_without_results_is_refused(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
