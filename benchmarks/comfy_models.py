@@ -146,7 +146,7 @@ def import_pack() -> Any:
 def load(model: VideoModel, dtype: torch.dtype) -> Any:
     """A ModelPatcher around the network with random weights, through ComfyUI's own detection and loading.
 
-    Where ComfyUI spares the GPU's memory, the weights lie in main memory, from where it fetches them as it runs.
+    Where ComfyUI spares the GPU's memory, the weights begin in main memory; else they are on the device at once.
     """
     import comfy.model_management
     import comfy.ops

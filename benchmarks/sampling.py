@@ -15,7 +15,8 @@ on Hopper. All steps of a PSA run are sparse: a preset's ``start_percent`` is se
 Writes ``sampling-<device>.json``: ``{device, versions, commit, records: [{model, weights, resolution, frames, tokens,
 vram, method, preset, error_weight, density, seconds_per_step, attention_share, attention_calls_per_step,
 peak_vram_mib}]}``; the file is saved after every run and gone on with by a later one of the same device, versions and
-commit. With ``--vram lowvram`` or ``novram`` ComfyUI holds the weights in main memory and fetches them as it runs.
+commit. With ``--vram lowvram`` or ``novram`` the weights begin in main memory: with ``novram`` ComfyUI fetches all of
+them in every step, with ``lowvram`` those that do not fit.
 ``attention_share`` is self-attention's part of the step; as many calls as blocks mean that ComfyUI ran the prompt and
 the negative one in a batch.
 """
@@ -190,19 +191,7 @@ def measure_psa(
     patcher: Any, model: VideoModel, args: argparse.Namespace, preset: str = "balanced", error_weight: float = -1
 ) -> Record:
     """One run with the patch node, every step sparse."""
-    patched = (
-        pack("nodes.attention_patch")
-        .PSAAttentionPatch.execute(
-            patcher,
-            preset,
-            error_weight=error_weight,
-            start_percent=0.0,
-            end_percent=1.0,
-            min_tokens=0 if args.tiny else -1,
-            backend="auto" if torch.cuda.is_available() else "reference",
-        )
-        .result[0]
-    )
+    patched = patch_model(patcher, args, preset, error_weight)
     patch = patched.get_wrappers("outer_sample", "psa_attention")[0].__self__
     record = sample_timed(patched, model, AttentionClock(model.tokens), args.steps)
     run = patch.last_run
