@@ -18,6 +18,7 @@ IS_OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3)
 SHARED_MEMORY_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 KERNELS_PER_CALL = 9 + 2  # the pyramid kernel runs for keys and for values; two differ where levels go by rank
 CASES = 4  # two head dims, two dtypes
+HERE = Path(__file__).resolve().parent
 SPILLED_BYTES = 16  # at most, of a thread: a few words that are kept outside of every loop
 # Measured: settings that keep all in registers take longer (benchmarks/results/kernel-settings-*.json).
 FASTER_WITH_SPILLS = {
@@ -26,18 +27,24 @@ FASTER_WITH_SPILLS = {
 }
 
 
+def run_compiling(*program: str, cache: Path | None = None) -> str:
+    """What a Python program says, in which Triton compiles and does not interpret."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])
+    if cache is not None:
+        environment["TRITON_CACHE_DIR"] = str(cache)
+    run = subprocess.run([sys.executable, *program], cwd=HERE, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("sm", SHARED_MEMORY_KIB)
 def test_kernels_fit(sm: int, tmp_path: Path) -> None:
     if IS_OLD and sm >= 100:
         pytest.skip(f"the compiler in Triton {triton.__version__} does not know sm_{sm}")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, Path(__file__).with_name("compile_kernels.py"), str(sm)],
-        capture_output=True, text=True, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
-    results = [json.loads(line) for line in run.stdout.splitlines()]
+    said = run_compiling("compile_kernels.py", str(sm), cache=tmp_path)
+    results = [json.loads(line) for line in said.splitlines()]
     assert len(results) == CASES * KERNELS_PER_CALL
     too_big = [result for result in results if result["shared"] > SHARED_MEMORY_KIB[sm] * 1024]
     assert not too_big
@@ -53,8 +60,6 @@ def test_kernels_fit(sm: int, tmp_path: Path) -> None:
 
 
 SIZES_PROGRAM = """
-import sys
-sys.path.insert(0, {folder!r})
 import torch
 from compile_kernels import record_launches, specialize
 from psa_core import PSAConfig, TokenLayout
@@ -72,15 +77,10 @@ for grid, text, heads in (((21, 30, 52), 0, 12), ((3, 7, 11), 0, 5), ((13, 30, 4
 
 
 def test_what_the_self_check_compiled_serves_every_size() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    program = SIZES_PROGRAM.format(folder=str(Path(__file__).parent))
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr[-2000:]
+    run_compiling("-c", SIZES_PROGRAM)
 
 
 AHEAD_PROGRAM = """
-import sys
-sys.path.insert(0, {folder!r})
 import torch
 from compile_kernels import LAYOUT, record_launches, recording, specialize
 from psa_core import PSAConfig, plan_order
@@ -100,10 +100,7 @@ for head_dim in (64, 128):
 
 
 def test_what_is_compiled_ahead_is_what_a_call_launches() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    program = AHEAD_PROGRAM.format(folder=str(Path(__file__).parent))
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr[-2000:]
+    run_compiling("-c", AHEAD_PROGRAM)
 
 
 WARM_UP_PROGRAM = """
@@ -129,9 +126,4 @@ assert before == count_kernels() == 9, (before, count_kernels())
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_after_the_warm_up_a_call_compiles_nothing(tmp_path: Path) -> None:
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
-    pack = Path(__file__).resolve().parents[1]
-    run = subprocess.run(
-        [sys.executable, "-c", WARM_UP_PROGRAM], cwd=pack, env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
+    run_compiling("-c", WARM_UP_PROGRAM, cache=tmp_path)
