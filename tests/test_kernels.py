@@ -212,7 +212,7 @@ def test_settings_of_every_gpu_generation_are_right(sm: int, head_dim: int, monk
     """Other tile shapes than this device's own are other paths through the kernel."""
     triton = triton_backend()
     layout, config, scale = TokenLayout((2, 9, 11), video_start=5), MIXED, head_dim**-0.5
-    monkeypatch.setattr(import_module(f"{triton.__name__}.attend"), "capability", lambda device: sm)
+    monkeypatch.setattr(import_module(f"{triton.__name__}.plan"), "capability", lambda device: sm)
     q, k, v = low_precision(random_inputs(layout, head_dim, heads=1), torch.float16)
     host, host_order = tuple(x.cpu() for x in (q, k, v)), plan(layout, config)
     codes = reference_codes(*host, host_order, config, scale)
