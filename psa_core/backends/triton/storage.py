@@ -16,6 +16,10 @@ SLOTS = tl.constexpr(5)  # levels 1, 2, 4, 8 and whole block, in this order, whe
 COUNTS = tl.constexpr(8)  # integers kept per query block: see Selection.counts
 PADDED_ROWS = tl.constexpr(64)  # lists of pooled blocks end with a whole tile of so many rows, or a divisor of that
 ROWS_PER_MEAN = 512
+# Bytes that ranking takes for a pair (levels.py): a mass and its block in int64, masses up to it and before it, its
+# level and a comparison. PyTorch sorts longer rows out of place, with room for a copy of all, its input included.
+RANKED, RANKED_APART = 4 + 8 + 4 + 4 + 1 + 1, 4 + 8 + 8 + 4 + 8 + 4
+SORTED_IN_PLACE = 4096
 # Kernel arguments that follow from the video's size and the heads. Triton would compile a kernel anew when one of them
 # turns into a multiple of 16 or 1, which nothing gains from: so the self-check compiles for all sizes to come.
 SIZES = (
@@ -110,10 +114,11 @@ def workspace_bytes_per_head(q: Tensor, order: TokenOrder, config: PSAConfig) ->
     pyramid = 2 * PyramidRows.of(order, config).total * head_dim * Plan.of(q, order).rows_dtype.itemsize
     statistics = 4 * (4 * keys.blocks * (head_dim + 1) + queries.blocks * head_dim)
     sums = 4 * head_dim * -(-q.shape[2] // ROWS_PER_MEAN)
-    pairs = queries.blocks * (
-        pair_pitch(keys.blocks) * (4 + 1 + 4) + list_pitch(keys.video_blocks) * (4 + 4) + 4 * COUNTS.value
-    )
-    return pyramid + statistics + sums + pairs
+    pitch = pair_pitch(keys.blocks)
+    chosen = pitch * (1 + 4) + list_pitch(keys.video_blocks) * (4 + 4) + 4 * COUNTS.value
+    if config.selection != "error":  # before anything is listed, masses are ranked; codes are kept twice
+        chosen = max(pitch * (RANKED if keys.video_blocks <= SORTED_IN_PLACE else RANKED_APART), chosen + pitch)
+    return pyramid + statistics + sums + queries.blocks * (4 * pitch + chosen)
 
 
 def pair_pitch(key_blocks: int) -> int:
