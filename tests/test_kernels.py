@@ -83,7 +83,8 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def poisoned(*args: Any, **kwargs: Any) -> Tensor:
         memory: Tensor = empty(*args, **kwargs)
-        return memory.fill_(math.nan if memory.is_floating_point() else torch.iinfo(memory.dtype).max)
+        huge = math.nan if memory.is_floating_point() else min(torch.iinfo(memory.dtype).max, 2**24)
+        return memory.fill_(huge)  # as an index, not so huge that a multiple of it wraps around to a small one
 
     holders = [module for name, module in sys.modules.items() if name.startswith(package) and hasattr(module, "empty")]
     assert len(holders) >= 4, "storage and the three steps that take memory from it"

@@ -269,7 +269,7 @@ def _attend_kernel(
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     again = True
-    for ONLINE in tl.static_range(1 - FAST, 2):
+    for ONLINE in tl.static_range(1 - FAST, 2):  # the fast pass, then the online softmax if that was not enough
         if again:
             m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
             if not ONLINE:
