@@ -10,7 +10,8 @@ from itertools import product
 import pytest
 import torch
 from psa_pack.psa_core import PSAConfig, TokenLayout, psa_attention
-from psa_pack.psa_core.backends import reference, triton_unavailable_reason
+from psa_pack.psa_core.backends import reference
+from psa_pack.psa_core.capability import reason_against
 from psa_pack.psa_core.self_check import self_check
 from torch import Tensor
 
@@ -37,7 +38,7 @@ DTYPES = [torch.float16, torch.float32] + ([torch.bfloat16] if ON_GPU else [])
 pytestmark = [
     pytest.mark.gpu if ON_GPU else pytest.mark.interpreter,
     pytest.mark.skipif(
-        (reason := triton_unavailable_reason(torch.device(DEVICE), torch.float32)) is not None, reason=str(reason)
+        (reason := reason_against("triton", torch.device(DEVICE), torch.float32, 64)) is not None, reason=str(reason)
     ),
 ]
 
