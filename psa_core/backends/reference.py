@@ -148,20 +148,10 @@ def select(prepared: Prepared, importance: Tensor) -> Tensor:
 
 def attend(prepared: Prepared, codes: Tensor, out: Tensor) -> None:
     """Attend every query block to its own selection of the pyramid and write ``out`` ``[B, H, N, D]``."""
-    dtype, table = _precision(out.dtype), prepared.order.queries
     for b in range(out.shape[0]):
         for h in range(out.shape[1]):
-            for i in range(table.blocks):
-                tokens = _places(table)[i, : int(table.counts[i])].long()
-                keys, values, biases = zip(*_selected_rows(prepared, codes[b, h, i], (b, h, i), dtype), strict=True)
-                groups = [len(bias) for bias in biases]
-                for part in tokens.split(max(1, PART // max(sum(groups), 1))):
-                    # The scale first: without it, fp32 overflows sooner.
-                    queries = (prepared.scale * prepared.q[b, h, part].double()).to(dtype)
-                    logits = [queries @ level.T + bias for level, bias in zip(keys, biases, strict=True)]
-                    weights = torch.softmax(torch.cat(logits, dim=-1), dim=-1).split(groups, dim=-1)
-                    sums = [weight @ level for weight, level in zip(weights, values, strict=True)]
-                    out[b, h, part] = torch.stack(sums).sum(0).to(out.dtype)
+            for i in range(prepared.order.queries.blocks):
+                _attend_block(prepared, codes[b, h, i], (b, h, i), out)
 
 
 def count(prepared: Prepared, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,6 +188,20 @@ def _select_by_error(prepared: Prepared, mass: Tensor, blocks: slice) -> Tensor:
         keys.counts[: keys.video_blocks],
         config,
     )
+
+
+def _attend_block(prepared: Prepared, codes: Tensor, block: tuple[int, int, int], out: Tensor) -> None:
+    """Write the output of one query block."""
+    dtype, table, (b, h, i) = _precision(out.dtype), prepared.order.queries, block
+    tokens = _places(table)[i, : int(table.counts[i])].long()
+    keys, values, biases = zip(*_selected_rows(prepared, codes, block, dtype), strict=True)
+    groups = [len(bias) for bias in biases]
+    for part in tokens.split(max(1, PART // max(sum(groups), 1))):
+        queries = (prepared.scale * prepared.q[b, h, part].double()).to(dtype)  # unscaled, fp32 overflows sooner
+        logits = [queries @ level.T + bias for level, bias in zip(keys, biases, strict=True)]
+        weights = torch.softmax(torch.cat(logits, dim=-1), dim=-1).split(groups, dim=-1)
+        sums = [weight @ level for weight, level in zip(weights, values, strict=True)]
+        out[b, h, part] = torch.stack(sums).sum(0).to(out.dtype)
 
 
 def _selected_rows(
