@@ -97,11 +97,11 @@ def black_or_noisy_video(model: Any) -> None:
             attend(prepared, codes, out)
             out.mul_(wrong)
 
-        self_check.self_check.cache_clear()
+        self_check.check_once.cache_clear()
         with pytest.MonkeyPatch.context() as broken:
             broken.setattr(reference, "attend", attend_wrongly)
             out = sample(patched)
-        self_check.self_check.cache_clear()
+        self_check.check_once.cache_clear()
         assert torch.equal(out, dense)
         (reason,) = record(patched).dense_calls
         assert "self-check of backend reference" in reason

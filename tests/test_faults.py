@@ -70,7 +70,7 @@ def use_up_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def fail_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
     from psa_pack.psa_core import self_check
 
-    self_check.self_check.cache_clear()
+    self_check.check_once.cache_clear()
     monkeypatch.setitem(self_check.LIMITS, torch.float32, 0.0)
 
 

@@ -18,9 +18,10 @@ from mutants import KERNEL_FAULTS, MUTANTS, RESULTS, Mutant, copy_with, is_kille
 
 FIRST_CALL = """
 import torch
+from psa_core import PSAConfig
 from psa_core.self_check import SelfCheckFailed, self_check
 try:
-    self_check(torch.device("cpu"), torch.float32, 64, "triton")
+    self_check(torch.device("cpu"), torch.float32, 64, "triton", PSAConfig(error_weight=0.0017))
 except SelfCheckFailed as error:
     print(error)
 """
