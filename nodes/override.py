@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..psa_core.attention import HEAD_DIMS
+from ..psa_core.capability import HEAD_DIMS
 from .session import Session
 from .video_models import VideoSequence
 

@@ -19,6 +19,7 @@ from comfy.model_management import InterruptProcessingException
 from torch import Tensor
 
 from ..psa_core import TokenLayout, TokenOrder, backends, plan_order, psa_attention
+from ..psa_core.capability import Reason
 from ..psa_core.presets import Preset
 from ..psa_core.self_check import SelfCheckFailed, self_check
 from .pending_calls import PendingCall, Stopwatch, read_calls
@@ -265,12 +266,10 @@ class Session:
             name = self.settings.backend
             if name == "auto":
                 if q.device.type != "cuda":
-                    raise backends.BackendUnavailable(
-                        f"PSA is made for NVIDIA GPUs; on {q.device.type} only the backend 'reference' works, slowly"
-                    )
+                    raise backends.BackendUnavailable(Reason("only_reference", {"device": q.device.type}))
                 name = "triton"
             backends.resolve(name, q)
-            self_check(*key, name)
+            self_check(*key, name, self.settings.preset.config)
             self._backends[key] = name
         return self._backends[key]
 

@@ -26,7 +26,8 @@ try:
 except ImportError:
     AttrsDescriptor = None
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 import psa_core.backends.triton as backend
 from psa_core import PSAConfig, TokenLayout, plan_order

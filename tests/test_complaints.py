@@ -25,7 +25,7 @@ from typing import Any
 import psa_pack
 import pytest
 import torch
-from psa_pack.psa_core.backends import triton_unavailable_reason
+from psa_pack.psa_core.capability import reason_against
 from psa_pack.psa_core.presets import load_presets
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -97,11 +97,11 @@ def black_or_noisy_video(model: Any) -> None:
             attend(prepared, codes, out)
             out.mul_(wrong)
 
-        self_check.self_check.cache_clear()
+        self_check.check_once.cache_clear()
         with pytest.MonkeyPatch.context() as broken:
             broken.setattr(reference, "attend", attend_wrongly)
             out = sample(patched)
-        self_check.self_check.cache_clear()
+        self_check.check_once.cache_clear()
         assert torch.equal(out, dense)
         (reason,) = record(patched).dense_calls
         assert "self-check of backend reference" in reason
@@ -149,7 +149,7 @@ def torch_compile_breaks_or_freezes_it(model: Any) -> None:
 def look_for_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     from psa_pack.psa_core import backends
 
-    monkeypatch.setattr(backends, "triton_unavailable_reason", lambda *args: None)
+    monkeypatch.setattr(backends, "reason_against", lambda *args: None)
 
 
 @complaint("SolAttn_triton#15; ComfyUI#12698; WanVideoWrapper#92", without=look_for_no_triton)
@@ -509,7 +509,7 @@ print(bool(dense.isfinite().all()), bool(out.isfinite().all()))
 
 @pytest.mark.interpreter
 @pytest.mark.skipif(
-    (reason := triton_unavailable_reason(torch.device("cpu"), torch.float32)) is not None, reason=str(reason)
+    (reason := reason_against("triton", torch.device("cpu"), torch.float32, 64)) is not None, reason=str(reason)
 )
 @pytest.mark.parametrize(
     ("before", "after", "said"),

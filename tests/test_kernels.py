@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from psa_pack.psa_core import PSAConfig, TokenLayout, psa_attention
-from psa_pack.psa_core.backends import reference, triton_unavailable_reason
-from psa_pack.psa_core.self_check import self_check
+from psa_pack.psa_core.backends import reference
+from psa_pack.psa_core.capability import reason_against
+from psa_pack.psa_core.self_check import check_once, representative
 from torch import Tensor
 
 from oracle import (
@@ -41,7 +42,7 @@ DTYPES = [*HALF, torch.float32]
 pytestmark = [
     pytest.mark.gpu if ON_GPU else pytest.mark.interpreter,
     pytest.mark.skipif(
-        (reason := triton_unavailable_reason(torch.device(DEVICE), torch.float32)) is not None, reason=str(reason)
+        (reason := reason_against("triton", torch.device(DEVICE), torch.float32, 64)) is not None, reason=str(reason)
     ),
 ]
 
@@ -248,8 +249,13 @@ def test_same_inputs_same_bits(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_self_check_passes(dtype: torch.dtype) -> None:
-    self_check.__wrapped__(torch.device(DEVICE), dtype, 64, "triton")
+@pytest.mark.parametrize(
+    "config",
+    [MIXED, dataclasses.replace(TOPK, key_block=32), dataclasses.replace(CAPPED, key_block=128, variance_term=False)],
+    ids=["error", "topk", "capped"],
+)
+def test_the_self_check_passes(config: PSAConfig, dtype: torch.dtype) -> None:
+    check_once.__wrapped__(torch.device(DEVICE), dtype, 64, "triton", representative(config))
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -331,10 +337,10 @@ def test_a_call_takes_the_memory_it_says(config: PSAConfig, grid: tuple[int, int
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter's time says nothing")
 def test_the_self_check_is_quick() -> None:
     """Under 50 ms, once its kernels are compiled."""
-    arguments = (torch.device("cuda"), torch.bfloat16, 128, "triton")
-    self_check.__wrapped__(*arguments)
+    arguments = (torch.device("cuda"), torch.bfloat16, 128, "triton", representative(MIXED))
+    check_once.__wrapped__(*arguments)
     torch.cuda.synchronize()
     start = time.perf_counter()
-    self_check.__wrapped__(*arguments)
+    check_once.__wrapped__(*arguments)
     torch.cuda.synchronize()
     assert time.perf_counter() - start < 0.05

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 from psa_pack.psa_core import TokenLayout
-from psa_pack.psa_core.backends import triton_unavailable_reason
+from psa_pack.psa_core.capability import reason_against
 
 from conftest import ROOT
 
@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUT = TokenLayout((2, 5, 7), video_start=3)
 
 pytestmark = pytest.mark.skipif(
-    (reason := triton_unavailable_reason(torch.device(DEVICE), torch.float32)) is not None, reason=str(reason)
+    (reason := reason_against("triton", torch.device(DEVICE), torch.float32, 64)) is not None, reason=str(reason)
 )
 
 

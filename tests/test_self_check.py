@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from psa_pack.psa_core.backends import triton_unavailable_reason
+from psa_pack.psa_core.capability import reason_against
 
 from mutants import KERNEL_FAULTS, MUTANTS, RESULTS, Mutant, copy_with, is_killed, mutated
 
 FIRST_CALL = """
 import torch
+from psa_core import PSAConfig
 from psa_core.self_check import SelfCheckFailed, self_check
 try:
-    self_check(torch.device("cpu"), torch.float32, 64, "triton")
+    self_check(torch.device("cpu"), torch.float32, 64, "triton", PSAConfig(error_weight=0.0017))
 except SelfCheckFailed as error:
     print(error)
 """
@@ -28,7 +29,7 @@ except SelfCheckFailed as error:
 
 @pytest.mark.interpreter
 @pytest.mark.skipif(
-    (reason := triton_unavailable_reason(torch.device("cpu"), torch.float32)) is not None, reason=str(reason)
+    (reason := reason_against("triton", torch.device("cpu"), torch.float32, 64)) is not None, reason=str(reason)
 )
 @pytest.mark.parametrize("fault", [None, *KERNEL_FAULTS.values()], ids=["no fault", *KERNEL_FAULTS])
 def test_a_wrong_kernel_is_found_on_its_first_call(fault: Mutant | None, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 import torch
 from aiohttp import web
-from psa_pack.psa_core import PSAConfig, TokenLayout, backends
+from psa_pack.psa_core import PSAConfig, TokenLayout, capability
 from psa_pack.psa_core.models import cogvideox, wan
 from psa_pack.psa_core.presets import Preset
 from psa_pack.psa_core.schedule import Schedule
@@ -266,11 +266,11 @@ def reasons(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         assert call is not None
         yield str(call.unsupported_reason())
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    yield str(backends.triton_unavailable_reason(torch.device("cpu"), torch.float64))
-    yield str(backends.triton_unavailable_reason(torch.device("cpu"), torch.float32))
+    yield str(capability.reason_against("triton", torch.device("cpu"), torch.float64, 64))
+    yield str(capability.reason_against("triton", torch.device("cpu"), torch.float32, 64))
     with monkeypatch.context() as without:
-        without.setattr(backends, "find_spec", lambda name: None)
-        yield str(backends.triton_unavailable_reason(torch.device("cpu"), torch.float32))
+        without.setattr(capability, "find_spec", lambda name: None)
+        yield str(capability.reason_against("triton", torch.device("cpu"), torch.float32, 64))
     with pytest.raises(UnsupportedModel) as unknown:
         identify(torch.nn.Linear(1, 1))
     yield str(unknown.value)
