@@ -31,8 +31,9 @@ from ..psa_core.models.cogvideox import (
     TEXT_TOKENS,
 )
 from .cogvideox_keys import POSITION_TABLE, WrongKeys, lora_targets, quote, rename, sincos_positions
+from .models import cogvideox
+from .models.cogvideox import CogVideoXTransformer3DModel
 from .override import name_arguments
-from .video_models import CogVideoXTransformer3DModel
 
 _MODEL_FOLDER = "diffusion_models"
 _LORA_FOLDER = "loras"
@@ -175,7 +176,7 @@ def add_lora(model: ModelPatcher, path: str, strength: float) -> ModelPatcher:
     file = Path(path)
     lora, metadata = _read_tensors("lora_name", file)
     lora |= _alphas(lora, metadata or {}, file)
-    patches = comfy.lora.load_lora(lora, lora_targets(len(network.blocks)), log_missing=False)
+    patches = comfy.lora.load_lora(lora, lora_targets(len(cogvideox.blocks(network))), log_missing=False)
     patches = {target: patch for target, patch in patches.items() if isinstance(patch, LoRAAdapter)}
     used = {key for patch in patches.values() for key in patch.loaded_keys}
     if not patches or (unused := [key for key in lora if key not in used]):

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from ..psa_core import PSAConfig
 from ..psa_core.attention import PSAStats
-from .pending_calls import Stopwatch
+from .shared_by_copies import SharedByCopies
+from .tally import Stopwatch
+from .words import Words
 
 SPREAD = (1 / 16, 1 / 4, 1, 4, 16)
 """Error weights that are tried, as multiples of the running one. The error grows with about the third root of the
@@ -46,7 +48,7 @@ class ProbedCall:
     densities: tuple[float, ...]
 
 
-class Probe:
+class Probe(SharedByCopies):
     """Compares a share of a run's sparse calls with dense attention, at several error weights.
 
     Args:
@@ -69,7 +71,7 @@ class Probe:
         self.calls: list[ProbedCall] = []
         self.not_finite = 0
         self.dense_not_finite = 0
-        self.dropped: Counter[str] = Counter()
+        self.dropped: Counter[Words] = Counter()
         self.seconds = 0.0
         self.elapsed = 0.0
         self._config = config
@@ -114,9 +116,9 @@ class Probe:
         except InterruptProcessingException:
             raise
         except torch.OutOfMemoryError:
-            reason = "for want of memory"
+            reason = Words.of("no_memory")
         except Exception as error:
-            reason = f"after {type(error).__name__}: {error}".partition("\n")[0]
+            reason = Words.of("after_error", error=Words.of_exception(error))
         watch.stop()
         with self._recording:
             self._watches.append(watch)

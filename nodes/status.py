@@ -6,14 +6,14 @@ import json
 import re
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import folder_paths
 from comfy.cli_args import args
 
-from .translations import translated
+from .words import Report, Words, say_lines, unfailing
 
 COLUMNS = 30
 """Width of a line on a node of ordinary size, which else breaks in mid-word; a Chinese character takes two columns."""
@@ -22,15 +22,15 @@ COLUMNS = 30
 _PIECES = re.compile(r"\s+|(?:[\u2e80-\uffef]|[^\s\u2e80-\uffef]+)[\u3001\u3002\uff09\uff0c\uff1a\uff1b]*")
 
 
-def status_line(node_id: str | None) -> Callable[[str], None]:
-    """What shows a text on a node, given in English; nobody sees it where ComfyUI runs without its server."""
+def status_line(node_id: str | None) -> Report:
+    """What shows sentences on a node; nobody sees them where ComfyUI runs without its server."""
 
-    def report(text: str) -> None:
+    def report(lines: Sequence[Words]) -> None:
         server = running_server()
         if server is not None and node_id is not None:
-            server.send_progress_text(folded(translated(text, user_language(server))), node_id)
+            server.send_progress_text(folded(say_lines(lines, user_language(server))), node_id)
 
-    return report
+    return unfailing(report)
 
 
 def running_server() -> Any:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from runs import record
 from tiny_cogvideox import BLOCKS, HEADS, RELEASED, diffusers_model, network_class, sample
 
 pytestmark = pytest.mark.usefixtures("one_thread", "comfyui")
@@ -190,7 +191,7 @@ def test_a_loaded_model_samples_sparse(tmp_path: Path) -> None:
     inputs = {"start_percent": 0.0, "min_tokens": 0, "backend": "reference", "error_weight": 0.0}
     patched = PSAAttentionPatch.execute(model, "balanced", **inputs).args[0]
     assert distance(sample(patched), sample(model)) < 1e-5
-    assert patched.get_wrappers("outer_sample", "psa_attention")[0].__self__.last_run.sparse_calls == 4 * BLOCKS
+    assert record(patched).sparse_calls == 4 * BLOCKS
 
 
 @pytest.mark.usefixtures("cogvideox")

@@ -16,6 +16,7 @@ from psa_pack.psa_core.schedule import Schedule
 from torch import Tensor
 
 from conftest import ROOT
+from runs import reasons
 from tiny_wan import BLOCKS, DIM, make_network
 
 pytestmark = pytest.mark.usefixtures("one_thread", "comfyui")
@@ -28,8 +29,8 @@ def latent(*shape: int) -> Tensor:
 def watch(network: torch.nn.Module, x: Tensor, **arguments: Any) -> tuple[Any, Tensor]:
     """Run a network; return the sequence as PSA reads it, and the tokens that enter the first block."""
     from comfy.patcher_extension import WrappersMP
+    from psa_pack.nodes.models.known import read_sequence
     from psa_pack.nodes.override import name_arguments
-    from psa_pack.nodes.video_models import read_sequence
 
     read, entered = [], []
 
@@ -232,10 +233,11 @@ def run_patched(
     """One call of a patched network; returns its output and the record of the run."""
     from comfy.patcher_extension import WrappersMP
     from psa_pack.nodes.attention_patch import AttentionPatch
-    from psa_pack.nodes.session import PatchSettings, Session
+    from psa_pack.nodes.gate import PatchSettings
+    from psa_pack.nodes.session import Session
 
     settings = PatchSettings(
-        "test", "", Preset("test", "wan", "", "", config, Schedule()), dense_blocks, "reference", False
+        "test", (), Preset("test", "wan", "", "", config, Schedule()), dense_blocks, "reference", False
     )
     session = Session(settings, lambda percent: 1 - percent, lambda text: None, probe)
     wrapper = AttentionPatch(settings, lambda text: None).around_model_call
@@ -301,18 +303,18 @@ def test_a_variant_of_wan_runs_sparse_with_its_extra_tokens_exact(name: str) -> 
 
 
 def test_vace_blocks_are_blocks_of_their_own() -> None:
-    from psa_pack.nodes.video_models import identify
+    from psa_pack.nodes.models.known import identify
 
     variant = VARIANTS["VACE with two controls"]
     network = make_network(find_class(variant.cls), **variant.settings)
     facts = identify(network)
-    assert facts.blocks == BLOCKS + 2
-    assert facts.note.endswith("its VACE blocks count as blocks 2 to 3")
+    assert len(facts.block_order) == BLOCKS + 2
+    assert str(facts.notes[-1]) == "its VACE blocks count as blocks 2 to 3"
     config = PSAConfig(error_weight=1.0)
     # two controls go through a VACE block one after the other
     for dense_blocks, dense_calls in (({0}, 1), ({1}, 1), ({2}, 2), ({3}, 2), ({0, 3}, 3)):
         _, record = run_patched(network, variant, config, frozenset(dense_blocks))
-        assert record.dense_calls == {"in dense_blocks": dense_calls}
+        assert reasons(record) == {"in dense_blocks": dense_calls}
         assert record.sparse_calls == variant.calls - dense_calls
     outputs = [run_patched(network, variant, config, frozenset({block}))[0] for block in range(4)]
     assert not any(torch.equal(a, b) for a, b in combinations(outputs, 2))
@@ -320,14 +322,14 @@ def test_vace_blocks_are_blocks_of_their_own() -> None:
 
 @pytest.mark.parametrize("name", ["VACE", "VACE with two controls", "HuMo"])
 def test_a_probe_names_every_block_and_changes_nothing(name: str) -> None:
+    from psa_pack.nodes.models.known import identify
     from psa_pack.nodes.probe import Probe
-    from psa_pack.nodes.video_models import identify
 
     variant, config = VARIANTS[name], PSAConfig(error_weight=1.0)
     network = make_network(find_class(variant.cls), **variant.settings)
     probe = Probe(config, 1.0)
     out, record = run_patched(network, variant, config, probe=probe)
-    assert {call.block for call in probe.calls} == set(range(identify(network).blocks))
+    assert {call.block for call in probe.calls} == set(range(len(identify(network).block_order)))
     assert len(probe.calls) == record.sparse_calls == variant.calls
     assert torch.equal(out, run_patched(network, variant, config)[0])
 
@@ -343,12 +345,13 @@ def test_blocks_that_get_no_options_stay_dense_with_the_reason() -> None:
         block.register_forward_pre_hook(without_options, with_kwargs=True)
     out, record = run_patched(network, variant, PSAConfig(error_weight=1.0))
     assert torch.equal(out, call(network, variant, {}))
-    assert "does not pass its options on to its blocks" in record.unused_cause
+    assert "does not pass its options on to its blocks" in str(record.unused_cause)
 
 
 def test_a_subclass_is_not_taken_for_its_parent() -> None:
     from comfy.ldm.wan.model import WanModel
-    from psa_pack.nodes.video_models import UnsupportedModel, identify
+    from psa_pack.nodes.models.known import identify
+    from psa_pack.nodes.models.sequence import UnsupportedModel
 
     class WanFork(WanModel):
         pass
@@ -358,21 +361,24 @@ def test_a_subclass_is_not_taken_for_its_parent() -> None:
 
 
 def test_a_flat_latent_is_no_video() -> None:
-    from psa_pack.nodes.video_models import UnsupportedModel, read_sequence
+    from psa_pack.nodes.models.known import read_sequence
+    from psa_pack.nodes.models.sequence import UnsupportedModel
 
     with pytest.raises(UnsupportedModel, match=r"latent has shape \(1, 16, 8, 8\)"):
         read_sequence(make_network(), {"x": latent(16, 8, 8), "context": latent(77, 4096)})
 
 
 def test_a_replaced_forward_function_is_refused() -> None:
-    from psa_pack.nodes.video_models import UnsupportedModel, read_sequence
+    from psa_pack.nodes.models.known import read_sequence
+    from psa_pack.nodes.models.sequence import UnsupportedModel
 
     with pytest.raises(UnsupportedModel, match="another node has given WanModel a forward function"):
         read_sequence(make_network(), {"args": (latent(16, 3, 8, 8),)})
 
 
 def test_a_sampler_that_hides_its_sigma_is_refused() -> None:
-    from psa_pack.nodes.video_models import UnsupportedModel, read_sigma
+    from psa_pack.nodes.models.known import read_sigma
+    from psa_pack.nodes.models.sequence import UnsupportedModel
 
     assert read_sigma({"sigmas": torch.tensor([0.5, 0.5])}) == 0.5
     with pytest.raises(UnsupportedModel, match="does not tell the model its noise level"):
@@ -380,8 +386,8 @@ def test_a_sampler_that_hides_its_sigma_is_refused() -> None:
 
 
 def test_a_compiled_shell_does_not_hide_the_model() -> None:
-    from psa_pack.nodes.video_models import identify
+    from psa_pack.nodes.models.known import identify
 
     facts = identify(torch.compile(make_network(), backend="eager"))
-    assert (facts.preset_family, facts.blocks) == ("wan2.1_1.3b", 2)
-    assert f"width {DIM} and 2 blocks" in facts.note
+    assert (facts.preset_family, len(facts.block_order)) == ("wan2.1_1.3b", 2)
+    assert f"width {DIM} and 2 blocks" in str(facts.notes[0])

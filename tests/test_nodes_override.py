@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from runs import reasons
+
 GRID = (3, 8, 9)
 TOKENS = 3 * 8 * 9
 HEADS = 2
@@ -19,9 +21,10 @@ HEADS = 2
 def call(comfyui: Path) -> Callable[..., tuple[Tensor, Any]]:
     """Calls attention through an override whose session keeps everything exact; returns the output and the record."""
     from comfy.ldm.modules.attention import attention_pytorch
+    from psa_pack.nodes.gate import PatchSettings
+    from psa_pack.nodes.models.sequence import BlockOrder, Stack, VideoSequence
     from psa_pack.nodes.override import AttentionOverride
-    from psa_pack.nodes.session import PatchSettings, Session
-    from psa_pack.nodes.video_models import VideoSequence
+    from psa_pack.nodes.session import Session
     from psa_pack.psa_core import PSAConfig, TokenLayout
     from psa_pack.psa_core.presets import Preset
     from psa_pack.psa_core.schedule import Schedule
@@ -36,10 +39,12 @@ def call(comfyui: Path) -> Callable[..., tuple[Tensor, Any]]:
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
         preset = Preset("exact", "test", "", "", PSAConfig(error_weight=0.0), Schedule())
-        session = Session(PatchSettings("test", "", preset, dense_blocks, "reference", False), lambda p: 1 - p, print)
+        session = Session(PatchSettings("test", (), preset, dense_blocks, "reference", False), lambda p: 1 - p, print)
         layout = TokenLayout(GRID)
         session.begin_model_call(0.5, layout)
-        override = AttentionOverride(session, VideoSequence(layout, frozenset({context})), previous)
+        override = AttentionOverride(
+            session, VideoSequence(layout, frozenset({context}), BlockOrder((Stack("double", 2),))), previous
+        )
         options = {**(options or {}), "optimized_attention_override": override}
         out = attention(*tensors, heads=HEADS, transformer_options=options, **kwargs)
         return out, session.finish("finished")
@@ -121,7 +126,7 @@ def test_a_call_that_psa_must_not_take_stays_dense(call: Callable[..., Any], cha
 
     out, record = call(*QKV, previous=previous, **changes)
     assert torch.equal(out, torch.zeros(1))
-    assert [reason in key for key in record.dense_calls] == [True]
+    assert [reason in key for key in reasons(record)] == [True]
     (args, kwargs), arguments = seen[0], {key: changes[key] for key in changes.keys() - _OWN}
     assert all(given is tensor for given, tensor in zip(args, QKV, strict=True))
     assert kwargs.keys() == {"heads", "transformer_options", "_inside_attn_wrapper", *arguments}
@@ -138,7 +143,7 @@ def test_another_block_than_the_dense_ones_goes_sparse(call: Callable[..., Any])
 def test_an_odd_head_dim_stays_dense(call: Callable[..., Any]) -> None:
     tensors = tuple(flat(seed, dim=80) for seed in range(3))
     _, record = call(*tensors)
-    assert record.dense_calls == {"head dim 80 is not one of 64, 128": 1}
+    assert reasons(record) == {"head dim 80 is not one of 64, 128": 1}
 
 
 def test_tensor_containers_go_to_the_override_that_takes_them(call: Callable[..., Any]) -> None:
