@@ -18,7 +18,7 @@ from ..psa_core.presets import Preset
 from ..psa_core.schedule import BlockList, Schedule
 from .gate import PatchSettings
 from .models.known import identify, read_sequence, read_sigma
-from .models.sequence import UnsupportedModel
+from .models.sequence import ModelFacts, UnsupportedModel
 from .override import OVERRIDE_KEY, AttentionOverride, Options, name_arguments, owner_of, replaced
 from .preset_loader import PresetSocket, checked_preset, load_preset
 from .run_record import RunRecord
@@ -176,12 +176,12 @@ class PSAAttentionPatch(io.ComfyNode):
             detach(patched)
             report([Words.of("off")])
             return io.NodeOutput(patched)
+        facts: ModelFacts | None = None
         try:
             facts = identify(model.get_model_object("diffusion_model"))
-        except UnsupportedModel as error:
-            facts, notes = None, (error.words,)
-        else:
             notes = facts.notes
+        except UnsupportedModel as error:
+            notes = (error.words,)
         if custom_preset is not None:
             chosen = checked_preset("custom_preset", custom_preset)
             notes = () if facts else notes  # a chosen family needs no note about the detected one

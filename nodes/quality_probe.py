@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Collection, Sequence
 from typing import Any, TypeAlias
 
@@ -260,7 +259,12 @@ def in_words(report: Sequence[Paragraph], language: str) -> str:
 
 def beginning(report: Sequence[Paragraph]) -> list[Words]:
     """What has room on the node: the report without its title, up to the first table."""
-    return [line for part in itertools.takewhile(lambda part: not isinstance(part, str), report[1:]) for line in part]
+    lines: list[Words] = []
+    for part in report[1:]:
+        if isinstance(part, str):
+            break
+        lines += part
+    return lines
 
 
 def _nothing_measured(probe: Probe, record: RunRecord | None) -> Words:

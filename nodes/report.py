@@ -61,8 +61,8 @@ class PSAReport(io.ComfyNode):
         patch = AttentionPatch.find(model)
         run = None if patch is None else patch.last_run
         if patch is None or run is None:
-            lines = list(_UNPATCHED if patch is None else _NO_RUN)
-            drawn = draw_message(*map(str, lines), theme)
+            title, advice = lines = list(_UNPATCHED if patch is None else _NO_RUN)
+            drawn = draw_message(str(title), str(advice), theme)
         else:
             facts = RunFacts.of(run)
             drawn = draw_run(run, facts, "; ".join(map(str, patch.settings.notes)), theme)

@@ -349,7 +349,7 @@ def test_a_file_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
 def test_an_old_comfyui_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from psa_pack.nodes import load_cogvideox
 
-    monkeypatch.setattr(load_cogvideox, "CogVideoXTransformer3DModel", None)
+    monkeypatch.setattr(load_cogvideox.cogvideox, "KNOWN", ())
     with pytest.raises(RuntimeError, match="this ComfyUI has no CogVideoX of its own"):
         load(tmp_path / "any.safetensors")
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from ...psa_core import TokenLayout
 from ...psa_core.models.cogvideox import COGVIDEOX_2B, COGVIDEOX_5B, detect_family
 from ..words import Words
 from .sequence import BlockOrder, ModelFacts, Stack, VideoSequence, latent_and_context, token_grid
 
+TITLE = "CogVideoX"
+CLASSES: tuple[str, ...] = ("CogVideoXTransformer3DModel",)
+KNOWN: tuple[type[nn.Module], ...] = ()
 try:
     from comfy.ldm.cogvideo.model import CogVideoXTransformer3DModel
-except ImportError:  # a ComfyUI before its native CogVideoX
-    CogVideoXTransformer3DModel = None
-
-TITLE = "CogVideoX"
-CLASSES = ("CogVideoXTransformer3DModel",)
-KNOWN = () if CogVideoXTransformer3DModel is None else (CogVideoXTransformer3DModel,)
+except ImportError:
+    pass  # a ComfyUI before its native CogVideoX
+else:
+    KNOWN = (CogVideoXTransformer3DModel,)
 
 
 def facts(model: Any) -> ModelFacts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,7 +21,8 @@ class UnsupportedModel(Exception):
         self.words = words
 
 
-class Block(NamedTuple):
+@dataclass(frozen=True)
+class Block:
     """A transformer block: the name of its stack, and its index there, from 0."""
 
     stack: str

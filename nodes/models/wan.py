@@ -8,6 +8,7 @@ from typing import Any
 
 from comfy.ldm.wan.model import CameraWanModel, HumoWanModel, VaceWanModel, WanModel, WanModel_S2V
 from comfy.ldm.wan.model_animate import AnimateWanModel
+from torch import nn
 
 from ...psa_core import TokenLayout
 from ...psa_core.models.wan import detect_family
@@ -15,8 +16,15 @@ from ..words import Words
 from .sequence import Block, BlockOrder, ModelFacts, Stack, VideoSequence, latent_and_context, token_grid
 
 TITLE = "Wan 2.1 and 2.2 video"
-KNOWN = (WanModel, CameraWanModel, VaceWanModel, AnimateWanModel, HumoWanModel, WanModel_S2V)
-CLASSES = tuple(cls.__name__ for cls in KNOWN)
+KNOWN: tuple[type[nn.Module], ...] = (
+    WanModel,
+    CameraWanModel,
+    VaceWanModel,
+    AnimateWanModel,
+    HumoWanModel,
+    WanModel_S2V,
+)
+CLASSES: tuple[str, ...] = tuple(cls.__name__ for cls in KNOWN)
 
 _OWN, _VACE = "double", "vace"
 
