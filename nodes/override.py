@@ -17,7 +17,7 @@ from ..psa_core import PSAConfig
 from ..psa_core.attention import HEAD_DIMS
 from .models.sequence import Block, VideoSequence
 from .session import Session
-from .shared_by_copies import SharedByCopies
+from .shared_by_copies import PartOfARun
 from .words import Words
 
 OVERRIDE_KEY = "optimized_attention_override"
@@ -113,7 +113,7 @@ class AttentionCall:
         return None
 
 
-class AttentionOverride(SharedByCopies):
+class AttentionOverride(PartOfARun):
     """Answers the attention calls of one call of a video model: its own self-attention, and everything else unseen.
 
     Args:
@@ -131,8 +131,8 @@ class AttentionOverride(SharedByCopies):
         self._counted = iter(sequence.block_order if sequence.one_call_per_block else ())
         self._video_calls = 0
         # Calls with single-owner tensor containers are only for overrides that say they take them.
-        if hasattr(previous, "container_function"):
-            self.container_function = previous.container_function
+        if (container_function := getattr(previous, "container_function", None)) is not None:
+            self.container_function = container_function
 
     # A gate that torch.compile traced would be frozen at its first answer.
     @torch.compiler.disable

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from comfy.model_management import InterruptProcessingException
@@ -15,9 +16,12 @@ from torch import Tensor
 
 from ..psa_core import PSAConfig
 from ..psa_core.attention import PSAStats
-from .shared_by_copies import SharedByCopies
+from .shared_by_copies import PartOfARun
 from .tally import Stopwatch
 from .words import Words
+
+Attend: TypeAlias = "Callable[..., tuple[Tensor, PSAStats]]"
+"""``psa_attention`` with a call's own arguments, which answers with its statistics."""
 
 SPREAD = (1 / 16, 1 / 4, 1, 4, 16)
 """Error weights that are tried, as multiples of the running one. The error grows with about the third root of the
@@ -48,7 +52,7 @@ class ProbedCall:
     densities: tuple[float, ...]
 
 
-class Probe(SharedByCopies):
+class Probe(PartOfARun):
     """Compares a share of a run's sparse calls with dense attention, at several error weights.
 
     Args:
@@ -96,7 +100,7 @@ class Probe(SharedByCopies):
         block: int,
         out: Tensor,
         stats: PSAStats,
-        attend: Callable[..., tuple[Tensor, PSAStats]],
+        attend: Attend,
         dense: Callable[[], Tensor],
     ) -> None:
         """Compare a call, if it is in the share. Whatever goes wrong costs this comparison, not the run.
@@ -152,7 +156,7 @@ class Probe(SharedByCopies):
         self,
         out: Tensor,
         stats: PSAStats,
-        attend: Callable[..., tuple[Tensor, PSAStats]],
+        attend: Attend,
         dense: Callable[[], Tensor],
     ) -> Tensor:
         """Norm of the dense output and 0, then error and density of every config ``[2, 1 + configs]``."""

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from comfy.model_management import InterruptProcessingException
@@ -17,9 +17,9 @@ from ..psa_core import PSAConfig, TokenLayout, TokenOrder, backends, plan_order,
 from ..psa_core.self_check import SelfCheckFailed, self_check
 from .gate import Gate, PatchSettings
 from .run_record import RunRecord, compared_with_dense
-from .shared_by_copies import SharedByCopies
+from .shared_by_copies import PartOfARun
 from .tally import Step, Stopwatch, Tally
-from .words import Report, Words, sendable, unfailing
+from .words import Report, Unfailing, Words, sendable
 
 try:
     from comfy.model_prefetch import pause_malloc_graph
@@ -27,7 +27,7 @@ except ImportError:  # a ComfyUI that does not record allocations
     from contextlib import nullcontext as pause_malloc_graph
 
 if TYPE_CHECKING:
-    from .probe import Probe
+    from .probe import Attend, Probe
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class DeviceNotServed(RuntimeError):
         super().__init__(str(Words.of(self.code, **self.values)))
 
 
-class Session(SharedByCopies):
+class Session(PartOfARun):
     """One sampling run of a patched model. Its tensors die with it, a record of plain numbers remains.
 
     Args:
@@ -61,7 +61,7 @@ class Session(SharedByCopies):
         self.probe = probe
         self._gate = Gate(settings, percent_to_sigma)
         self._tally = Tally()
-        self._report = unfailing(report)
+        self._report = Unfailing(report)
         self._orders: dict[tuple[TokenLayout, torch.device], TokenOrder] = {}
         self._backends: dict[tuple[torch.device, torch.dtype, int], str] = {}
         self._failure: Words | None = None
@@ -142,7 +142,15 @@ class Session(SharedByCopies):
             backend = self._usable_backend(q)
             order = self._order(layout, q.device)
             attend = partial(
-                psa_attention, q, k, v, layout=layout, scale=scale, backend=backend, order=order, stats=True
+                cast("Attend", psa_attention),
+                q,
+                k,
+                v,
+                layout=layout,
+                scale=scale,
+                backend=backend,
+                order=order,
+                stats=True,
             )
             watch = Stopwatch(q.device)
             out, stats = attend(config=config)
@@ -166,6 +174,7 @@ class Session(SharedByCopies):
             self._tell(last, readable)
         if readable:
             self._read()
+        self._tally.forget()
         self._orders.clear()
         record = self._tally.record(
             self.settings.title,

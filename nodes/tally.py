@@ -166,6 +166,11 @@ class Tally:
         with self._counting:
             self.calls += calls
 
+    def forget(self) -> None:
+        """Let go of what has not been read."""
+        with self._counting:
+            self._pending.clear()
+
     def record(
         self, title: str, outcome: str, backends: set[str], levels: tuple[Level, ...], unsupported: Words | None
     ) -> RunRecord:

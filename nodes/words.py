@@ -308,16 +308,17 @@ def sendable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def unfailing(report: Report) -> Report:
+@dataclass(frozen=True)
+class Unfailing:
     """A report that costs nothing but itself where it fails."""
 
-    def say(lines: Sequence[Words]) -> None:
+    report: Report
+
+    def __call__(self, lines: Sequence[Words]) -> None:
         try:
-            report(lines)
+            self.report(lines)
         except Exception as error:
             _log.warning("PSA: a status could not be shown: %s", Words.of_exception(error))
-
-    return say
 
 
 class _Several(list[object]):

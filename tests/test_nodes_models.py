@@ -302,6 +302,64 @@ def test_a_variant_of_wan_runs_sparse_with_its_extra_tokens_exact(name: str) -> 
     assert float((sparse - dense).norm() / dense.norm()) > 1e-4
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_cross_attention_is_known_by_its_length(name: str) -> None:
+    """Whatever a block attends to beside its own tokens has a length that the sequence names: a video of that many
+    tokens stays dense, since its own attention could not be told from it."""
+    variant = VARIANTS[name]
+    network = make_network(find_class(variant.cls), **variant.settings)
+    if variant.cls == "AnimateWanModel":
+        network.motion_encoder.get_motion = lambda faces: latent(len(faces), 512)[0]
+    skip_what_this_comfyui_lacks(network, variant)
+    looked_at = set()
+
+    def override(func: Any, q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        looked_at.add(k.shape[2 if kwargs.get("skip_reshape") else 1])
+        return func(q, k, *args, **kwargs)
+
+    arguments = {"x": latent(variant.channels, 3, 16, 18), "context": latent(77, 4096), **variant.arguments()}
+    call(network, variant, {"optimized_attention_override": override})
+    assert looked_at - {variant.layout.tokens} <= read(network, arguments).context_lengths
+
+
+def read(network: torch.nn.Module, arguments: dict[str, Any]) -> Any:
+    from psa_pack.nodes.models.known import read_sequence
+
+    return read_sequence(network, arguments)
+
+
+def test_a_probe_names_blocks_that_calls_do_not(comfyui: Any) -> None:
+    """Where another node skips a block, its place among the calls would name the wrong one."""
+    from comfy.patcher_extension import WrappersMP
+    from psa_pack.nodes.attention_patch import AttentionPatch
+    from psa_pack.nodes.gate import PatchSettings
+    from psa_pack.nodes.probe import Probe
+    from psa_pack.nodes.session import Session
+
+    config = PSAConfig(error_weight=1.0)
+    preset = Preset("test", "wan", "", "", config, Schedule())
+    settings = PatchSettings("test", (), preset, frozenset(), "reference", False)
+    probe = Probe(config, 1.0)
+    session = Session(settings, lambda percent: 1 - percent, lambda lines: None, probe)
+
+    def skip(arguments: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+        return {"img": arguments["img"]}
+
+    options = {
+        "sigmas": torch.tensor([0.5]),
+        "psa_attention": session,
+        "patches_replace": {"dit": {("double_block", 0): skip}},
+        "wrappers": {
+            WrappersMP.DIFFUSION_MODEL: {
+                "psa_attention": [AttentionPatch(settings, lambda lines: None).around_model_call]
+            }
+        },
+    }
+    call(make_network(), VARIANTS["t2v"], options)
+    session.finish("finished")
+    assert [found.block for found in probe.calls] == [1]
+
+
 def test_vace_blocks_are_blocks_of_their_own() -> None:
     from psa_pack.nodes.models.known import identify
 
@@ -380,7 +438,7 @@ def test_a_sampler_that_hides_its_sigma_is_refused() -> None:
     from psa_pack.nodes.models.known import read_sigma
     from psa_pack.nodes.models.sequence import UnsupportedModel
 
-    assert read_sigma({"sigmas": torch.tensor([0.5, 0.5])}) == 0.5
+    assert read_sigma({"sigmas": torch.tensor([0.5, 0.25])}) == 0.5  # the first video's, as ComfyUI's own nodes take
     with pytest.raises(UnsupportedModel, match="does not tell the model its noise level"):
         read_sigma({})
 

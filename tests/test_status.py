@@ -160,7 +160,9 @@ def test_the_setting_wins_over_the_browser(one_user: Callable[[str], int]) -> No
     assert language() == language(browser("en-US")) == "zh"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '"zh"', '{"Comfy.Locale": 3}', '{"Other": "zh"}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", '"zh"', '{"Comfy.Locale": 3}', '{"Other": "zh"}', "[" * 10**5]
+)
 def test_settings_that_say_nothing_mean_english(one_user: Callable[[str], int], content: str) -> None:
     one_user(content)
     assert language() == "en"
@@ -176,6 +178,8 @@ def test_settings_that_say_nothing_mean_english(one_user: Callable[[str], int], 
         SimpleNamespace(client_id="tab", sockets={"tab": object()}),
         SimpleNamespace(client_id="tab", sockets={"tab": SimpleNamespace(_req=None)}),
         browser(""),
+        SimpleNamespace(client_id=[], sockets={}),
+        SimpleNamespace(client_id="tab", sockets=["tab"]),
     ],
 )
 def test_a_server_that_says_nothing_means_english(user_folder: Path, server: Any) -> None:
