@@ -33,11 +33,13 @@ _log = logging.getLogger(__name__)
 
 
 class DeviceNotServed(RuntimeError):
-    """The backend ``auto`` has nothing for a device; ``code`` and ``values`` are a sentence's."""
+    """The backend ``auto`` has nothing for a device."""
+
+    code = "only_reference"
 
     def __init__(self, device: torch.device) -> None:
-        self.code, self.values = "not_nvidia", {"device": device.type}
-        super().__init__(str(Words.of(self.code, **self.values)))
+        super().__init__(f"PSA is made for NVIDIA GPUs; on {device.type} only the backend 'reference' works, slowly")
+        self.values = {"device": device.type}
 
 
 class Session(PartOfARun):
@@ -217,8 +219,11 @@ class Session(PartOfARun):
             yield
         except InterruptProcessingException:
             raise
-        except (backends.BackendUnavailable, SelfCheckFailed, DeviceNotServed) as error:
+        except (backends.BackendUnavailable, DeviceNotServed) as error:
             self._failure = Words.of_error(error)
+            self._warn(str(self._failure))
+        except SelfCheckFailed as error:
+            self._failure = Words.of("self_check", english=Words.of_error(error))
             self._warn(str(self._failure))
         except Exception as error:
             self._failure = Words.of_exception(error)

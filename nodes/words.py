@@ -70,8 +70,17 @@ SENTENCES = {
     # Why PSA could not run.
     "said": ("{text}", "{text}"),
     "exception": ("{type}: {text}", "{type}: {text}"),
-    "not_nvidia": (
-        "PSA is made for NVIDIA GPUs; on {device} only the backend 'reference' works, slowly",
+    "self_check": ("{english}", "自检失败：{english}"),
+    # Likewise psa_core's own reasons, by their code; it says them in English itself.
+    "cannot_run.triton_missing": ("{english}", "没有安装 Triton；请安装与 torch {torch} 相配的 {package} 版本"),
+    "cannot_run.dtype": ("{english}", "Triton 内核只接受 bf16、fp16 和 fp32，不接受 {dtype}"),
+    "cannot_run.head_dim": ("{english}", "头的维度 {head_dim} 不在 {allowed} 之中"),
+    "cannot_run.gradients": ("{english}", "Triton 内核不计算梯度，而输入需要梯度"),
+    "cannot_run.amd": ("{english}", "Triton 内核为 NVIDIA 显卡编写，尚不支持 AMD"),
+    "cannot_run.capability": ("{english}", "显卡是 sm_{capability}；Triton 内核需要 sm_80（Ampere）或更新"),
+    "cannot_run.device": ("{english}", "Triton 内核在 CUDA 设备上运行，不在 {device} 上"),
+    "cannot_run.only_reference": (
+        "{english}",
         "PSA 为 NVIDIA 显卡而作；在 {device} 上只有后端 reference 可用，很慢",
     ),
     # Why PSA is not used at all.
@@ -258,11 +267,11 @@ class Words:
 
     @classmethod
     def of_error(cls, error: BaseException) -> Words:
-        """What an error says: by its ``code`` and ``values``, where it has a sentence, else in its own English."""
-        code = getattr(error, "code", None)
-        if isinstance(code, str) and code in SENTENCES:
-            return cls.of(code, **{**getattr(error, "values", {}), "english": _brief(error)})
-        return cls.of("said", text=_brief(error))
+        """Why psa_core cannot run: by the error's ``code`` and ``values``, where there is a sentence for it."""
+        key = f"cannot_run.{getattr(error, 'code', '')}"
+        if key not in SENTENCES:
+            return cls.of("said", text=_brief(error))
+        return cls.of(key, **getattr(error, "values", {}), english=_brief(error))
 
     @classmethod
     def of_exception(cls, error: BaseException) -> Words:
