@@ -312,7 +312,7 @@ def sample_once(model: Any, video: comfy_models.VideoModel, ending: str) -> int:
 
     with contextlib.suppress(InterruptProcessingException, BrokenOff):
         comfy_models.sample(model, video, 4, step_ended)
-    run = model.get_wrappers("outer_sample", "psa_attention")[0].__self__.last_run
+    run = import_module("psa_pack.nodes.attention_patch").AttentionPatch.find(model).last_run
     if run.outcome != ending:
         raise AssertionError(f"the run {run.outcome}; it should have {ending}")
     return int(run.sparse_calls)

@@ -192,13 +192,13 @@ def measure_psa(
 ) -> Record:
     """One run with the patch node, every step sparse."""
     patched = patch_model(patcher, args, preset, error_weight)
-    patch = patched.get_wrappers("outer_sample", "psa_attention")[0].__self__
+    patch = pack("nodes.attention_patch").AttentionPatch.find(patched)
     record = sample_timed(patched, model, AttentionClock(model.tokens), args.steps)
     run = patch.last_run
     if run.sparse_steps < run.steps:
         raise RunFailed(f"not every step was sparse: {run}")
     record |= {"error_weight": patch.settings.preset.config.error_weight, "density": run.density}
-    return record | ({"dense_calls": run.dense_calls} if run.dense_calls else {})
+    return record | ({"dense_calls": run.as_json()["dense_calls"]} if run.dense_calls else {})
 
 
 def patch_model(patcher: Any, args: argparse.Namespace, preset: str, error_weight: float = -1) -> Any:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,8 @@ from comfy_server import ComfyServer, Run
 HERE = Path(__file__).resolve().parent
 WORKFLOW = HERE / "workflow_api.json"
 WEIGHTS = HERE / "weights"
-PATCH, SAMPLER, SAVER = "PSAAttentionPatch", "KSampler", "SaveAnimatedWEBP"
+PATCH, SAMPLER, SAVER, REPORT = "PSAAttentionPatch", "KSampler", "SaveAnimatedWEBP", "PSAReport"
+RUN_KEY = "psa_run"  # where PSA Report's entry in ComfyUI's history holds the run's numbers
 LABEL_HEIGHT = 24
 SHEET_COLUMNS = 5
 
@@ -44,13 +44,13 @@ class Rendering:
         frames: Its pictures.
         seconds: Duration of the sampler.
         peak_mib: Peak memory of the whole prompt.
-        status: PSA's own line about the run; empty for dense.
+        record: PSA's own numbers of the run; None for dense.
     """
 
     frames: Frames
     seconds: float
     peak_mib: float
-    status: str
+    record: dict[str, Any] | None
 
 
 def main() -> None:
@@ -71,9 +71,9 @@ def main() -> None:
             warm_up = json.loads(json.dumps(workflow))
             find(warm_up, SAMPLER)["inputs"]["seed"] += 1
             render(server, without_patch(warm_up), "warming up, dense")
-            render(server, warm_up, "warming up, PSA")
+            render(server, with_report(warm_up), "warming up, PSA")
         dense = render(server, without_patch(workflow), "dense")
-        psa = render(server, workflow, "PSA")
+        psa = render(server, with_report(workflow), "PSA")
     results = compare(dense, psa, version)
     (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     name = f"PSA {args.preset}" if args.preset else "PSA"
@@ -126,10 +126,16 @@ def without_patch(workflow: Workflow) -> Workflow:
     return plain
 
 
+def with_report(workflow: Workflow) -> Workflow:
+    """The workflow with PSA Report after its sampler, which says in numbers what PSA did."""
+    ids = {node["class_type"]: key for key, node in workflow.items()}
+    inputs = {"samples": [ids[SAMPLER], 0], "model": find(workflow, SAMPLER)["inputs"]["model"], "theme": "dark"}
+    return {**workflow, "report": {"class_type": REPORT, "inputs": inputs}}
+
+
 def render(server: ComfyServer, workflow: Workflow, title: str) -> Rendering:
     """Queue a workflow, wait for it, and read its video back."""
     ids = {node["class_type"]: key for key, node in workflow.items()}
-    logged = len(server.log())
     show = sys.stderr.isatty()
 
     def on_progress(node: str, value: int, maximum: int) -> None:
@@ -141,12 +147,12 @@ def render(server: ComfyServer, workflow: Workflow, title: str) -> Rendering:
         print(file=sys.stderr)
     if run.status != "success":
         raise SystemExit(f"{title}: {run.message}\n{server.log()[-4000:]}")
-    status = re.findall(r"PSA .* sparse calls.*", server.log()[logged:])
+    (record,) = run.outputs[ids[REPORT]][RUN_KEY] if REPORT in ids else (None,)
     video = run.outputs[ids[SAVER]]["images"][0]
     frames = read_frames(server.output_folder / video["subfolder"] / video["filename"])
     seconds = run.node_seconds[ids[SAMPLER]]
     print(f"{title}: {seconds:.1f} s sampling, {run.seconds:.1f} s in all", flush=True)
-    return Rendering(frames, seconds, run.peak_mib, status[-1] if status else "")
+    return Rendering(frames, seconds, run.peak_mib, record)
 
 
 def read_frames(path: Path) -> Frames:
@@ -156,21 +162,20 @@ def read_frames(path: Path) -> Frames:
 
 def compare(dense: Rendering, psa: Rendering, version: str) -> dict[str, Any]:
     """Everything that results.json holds."""
-    counts = re.search(r"mean density ([\d.]+), (\w+)\).*?(\d+) of (\d+) steps sparse", psa.status)
-    if counts is None:
-        raise SystemExit(f"PSA took no part in its run: {psa.status or 'it logged nothing'}")
-    density, backend, sparse_steps, steps = counts.groups()
+    record = psa.record
+    if record is None or not record["sparse_calls"]:
+        raise SystemExit(f"PSA took no part in its run: {record or 'it has no record'}")
     ssim = [structural_similarity(a, b, channel_axis=-1) for a, b in zip(dense.frames, psa.frames, strict=True)]
     return {
         "dense_seconds": round(dense.seconds, 3),
         "psa_seconds": round(psa.seconds, 3),
-        "density": float(density),
-        "sparse_steps_share": int(sparse_steps) / int(steps),
+        "density": round(record["density"], 3),
+        "sparse_steps_share": record["sparse_steps"] / record["steps"],
         "psnr_db": round(float(peak_signal_noise_ratio(dense.frames, psa.frames)), 3),
         "ssim": round(float(np.mean(ssim)), 5),
         "peak_mib": round(psa.peak_mib, 1),
         "dense_peak_mib": round(dense.peak_mib, 1),
-        "backend": backend,
+        "backend": record["backend"],
         "comfyui_version": version,
     }
 

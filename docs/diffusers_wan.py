@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.preset != "off":
         size = pipe.transformer.config
         dim = size.num_attention_heads * size.attention_head_dim
-        family, _ = detect_family(dim, size.num_layers, size.out_channels)
+        family = detect_family(dim, size.num_layers, size.out_channels).family
         presets = load_presets(args.presets or PRESETS / f"{family.preset_family}.yaml")
         if args.preset not in presets:
             parser.error(f"--preset: {args.preset!r} is not one of off, {', '.join(presets)}")

@@ -15,13 +15,17 @@ from ..psa_core import PSAConfig
 from ..psa_core.backends import BACKENDS
 from ..psa_core.presets import Preset, change
 from ..psa_core.schedule import Schedule
+from .gate import PatchSettings
+from .models.known import identify, read_sequence, read_sigma
+from .models.sequence import ModelFacts, UnsupportedModel
 from .override import OVERRIDE_KEY, AttentionOverride, Options, name_arguments, owner_of, replaced
 from .preset_loader import PresetSocket, checked_preset, load_preset
 from .run_record import RunRecord
 from .schedule_inputs import KEEP, error_weight_input, given_schedule, given_settings, schedule_inputs
-from .session import PatchSettings, Session
+from .session import Session
+from .shared_by_copies import SharedByCopies
 from .status import status_line
-from .video_models import UnsupportedModel, identify, read_sequence, read_sigma
+from .words import Report, Words
 
 PRESET_NAMES = ("balanced", "quality", "fast")
 OFF = "off"
@@ -31,14 +35,14 @@ PROBE_KEY = "psa_quality_probe"
 _KEY = "psa_attention"
 
 
-class AttentionPatch:
+class AttentionPatch(SharedByCopies):
     """What the node leaves on a model: the functions that ComfyUI calls around a sampling run and a model call.
 
     Nothing of a run is kept here but ``last_run``, the record of the latest one: the run's session travels in the
     run's own options, so that runs of one model, nested ones included, never see each other's.
     """
 
-    def __init__(self, settings: PatchSettings, report: Callable[[str], None]) -> None:
+    def __init__(self, settings: PatchSettings, report: Report) -> None:
         self.settings = settings
         self.last_run: RunRecord | None = None
         self._report = report
@@ -97,14 +101,11 @@ def _begin_model_call(
         sequence = read_sequence(executor.class_obj, arguments)
         sigma = read_sigma(options)
     except UnsupportedModel as error:
-        session.refuse_model(str(error))
+        session.refuse_model(error.words)
         return options, {}
     previous = options.get(OVERRIDE_KEY)
     session.begin_model_call(sigma, sequence.layout, dense_attention=owner_of(previous))
-    override = AttentionOverride(session, sequence, previous)
-    named = session.settings.dense_blocks or session.probe is not None
-    blocks = len(executor.class_obj.blocks) if named else 0
-    return options, override.entries(options, track_blocks=blocks)
+    return options, AttentionOverride(session, sequence, previous).entries(options)
 
 
 def detach(model: ModelPatcher) -> None:
@@ -168,17 +169,17 @@ class PSAAttentionPatch(io.ComfyNode):
         report = status_line(cls.hidden.unique_id if cls.hidden else None)
         if preset == OFF:
             detach(patched)
-            report("PSA off: nothing is changed")
+            report([Words.of("off")])
             return io.NodeOutput(patched)
+        facts: ModelFacts | None = None
         try:
             facts = identify(model.get_model_object("diffusion_model"))
+            notes = facts.notes
         except UnsupportedModel as error:
-            facts, note = None, str(error)
-        else:
-            note = facts.note
+            notes = (error.words,)
         if custom_preset is not None:
             chosen = checked_preset("custom_preset", custom_preset)
-            note = "" if facts else note  # a chosen family needs no note about the detected one
+            notes = () if facts else notes  # a chosen family needs no note about the detected one
         elif facts is not None:
             chosen = load_preset(f"{facts.preset_family}/{preset}")
         else:
@@ -191,13 +192,13 @@ class PSAAttentionPatch(io.ComfyNode):
             raise ValueError(f"{error}; {KEEP} takes the preset's value") from None
         settings = PatchSettings(
             title=f"{chosen.family} {chosen.name}",
-            note=note,
+            notes=notes,
             preset=chosen,
-            dense_blocks=chosen.schedule.dense_blocks.resolve(facts.blocks) if facts else frozenset(),
+            dense_blocks=chosen.schedule.dense_blocks.resolve(len(facts.block_order)) if facts else frozenset(),
             backend=_checked_backend(backend),
             verbose=verbose,
         )
-        report("\n".join(filter(None, (f"PSA {settings.title}", note))))
+        report([Words.of("title", title=settings.title), *notes])
         AttentionPatch(settings, report).attach(patched)
         return io.NodeOutput(patched)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from .status import status_line
+from .words import Words
 
 SSIM_WINDOW = 7
 
@@ -65,9 +66,9 @@ class PSACompare(io.ComfyNode):
         worst = int(np.argmax(differences))
         whole = _figures(float(np.mean(differences)), float(np.mean(similarities)))
         least = _figures(differences[worst], similarities[worst])
-        text = f"{len(pairs)} frames: {whole}; worst, frame {worst + 1}: {least}"
-        lines = f"{len(pairs)} frames:", whole, f"worst, frame {worst + 1}:", least
-        status_line(cls.hidden.unique_id if cls.hidden else None)("\n".join(lines))
+        frames, worst_frame = Words.of("frames", count=len(pairs)), Words.of("worst_frame", frame=worst + 1)
+        text = f"{frames} {whole}; {worst_frame} {least}"
+        status_line(cls.hidden.unique_id if cls.hidden else None)([frames, whole, worst_frame, least])
         return io.NodeOutput(_draw(pairs, differences, similarities, text), text)
 
 
@@ -107,9 +108,10 @@ def ssim(a: Tensor, b: Tensor) -> float:
     return float((alike / ((mean_a**2 + mean_b**2 + c1) * (variances + c2))).mean())
 
 
-def _figures(difference: float, similarity: float) -> str:
-    shown = f"{psnr(difference):.1f} dB" if difference else "infinite, the same picture"
-    return f"PSNR {shown}, SSIM {similarity:.3f}"
+def _figures(difference: float, similarity: float) -> Words:
+    if not difference:
+        return Words.of("same_picture", ssim=similarity)
+    return Words.of("figures", psnr=psnr(difference), ssim=similarity)
 
 
 def _draw(pairs: list[tuple[Tensor, Tensor]], differences: list[float], similarities: list[float], text: str) -> Tensor:

@@ -40,8 +40,8 @@ from .cogvideox_keys import (
     shortened,
     sincos_positions,
 )
+from .models import cogvideox
 from .override import name_arguments
-from .video_models import CogVideoXTransformer3DModel
 
 _MODEL_FOLDER = "diffusion_models"
 _LORA_FOLDER = "loras"
@@ -136,7 +136,7 @@ def load_cogvideox(path: str, disable_dynamic: bool = False) -> ModelPatcher:
             shape is not right.
         RuntimeError: this ComfyUI has no CogVideoX.
     """
-    if CogVideoXTransformer3DModel is None:
+    if not cogvideox.KNOWN:
         raise RuntimeError("this ComfyUI has no CogVideoX of its own; update ComfyUI to use Load CogVideoX (diffusers)")
     file = Path(path)
     weights = _read_weights(file)
@@ -162,8 +162,8 @@ def load_cogvideox(path: str, disable_dynamic: bool = False) -> ModelPatcher:
         _log.warning("PSA: %s has positions for the text, which ComfyUI's CogVideoX does not use", file.name)
     options = {"disable_dynamic": True} if disable_dynamic else {}
     model = comfy.sd.load_diffusion_model_state_dict(weights, **options)
-    network = model.get_model_object("diffusion_model") if model else None
-    if type(network) is not CogVideoXTransformer3DModel:
+    network: Any = model.get_model_object("diffusion_model") if model else None
+    if type(network) not in cogvideox.KNOWN:
         raise ValueError(f"model_name: ComfyUI does not take {file.name} for a CogVideoX; it has {quote(names)}")
     # From the keys alone, ComfyUI takes a position table for the only positions (CogVideoX-5B image to video has
     # rotary ones as well), and it stretches the rotary grid of the first version by a factor that is the table's.
@@ -184,14 +184,14 @@ def add_lora(model: ModelPatcher, path: str, strength: float) -> ModelPatcher:
     """
     network = model.get_model_object("diffusion_model")
     network = getattr(network, "_orig_mod", network)
-    if CogVideoXTransformer3DModel is None or not isinstance(network, CogVideoXTransformer3DModel):
+    if not isinstance(network, cogvideox.KNOWN):
         raise ValueError(f"model: {type(network).__name__} is no CogVideoX model")
     file = Path(path)
     lora, metadata = _read_tensors("lora_name", file)
     lora |= _alphas(lora, metadata or {}, file)
     if several := [key for key, weight in lora.items() if key.endswith(".alpha") and weight.numel() != 1]:
         raise ValueError(f"lora_name: {file.name} has {quote(several)}, which should be one number")
-    patches = comfy.lora.load_lora(lora, lora_targets(len(network.blocks)), log_missing=False)
+    patches = comfy.lora.load_lora(lora, lora_targets(len(cogvideox.blocks(network))), log_missing=False)
     patches = {target: patch for target, patch in patches.items() if isinstance(patch, LoRAAdapter)}
     used = {key for patch in patches.values() for key in patch.loaded_keys}
     if not patches or (unused := [key for key in lora if key not in used]):
@@ -224,8 +224,8 @@ def _lora_names() -> list[str]:
 def _read_weights(file: Path) -> dict[str, Tensor]:
     """Map the tensors of a file, or of all that an index names, into memory."""
     if not file.name.endswith(_INDEX):
-        if shard := _SHARD.fullmatch(file.name):
-            raise ValueError(f"model_name: {file.name} is one of several parts; choose {shard[1]}{_INDEX} instead")
+        if part := _SHARD.fullmatch(file.name):
+            raise ValueError(f"model_name: {file.name} is one of several parts; choose {part[1]}{_INDEX} instead")
         shards = [file]
     else:
         shards = _read_index(file)

@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..psa_core import PSAConfig
 from ..psa_core.capability import HEAD_DIMS
+from .models.sequence import Block, VideoSequence
 from .session import Session
-from .video_models import VideoSequence
+from .shared_by_copies import PartOfARun
+from .words import Words
 
 OVERRIDE_KEY = "optimized_attention_override"
 
@@ -94,21 +97,23 @@ class AttentionCall:
         """View an output in the caller's layout as ``[B, H, N, D]``."""
         return out if self.skip_output_reshape else out.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def unsupported_reason(self) -> str | None:
+    def unsupported_reason(self) -> Words | None:
         """Why PSA cannot compute this call, or None if it can."""
         if self.mask is not None:
-            return "the call has a mask"
+            return Words.of("mask")
         if self.attn_precision not in (None, self.q.dtype):
-            return f"the call asks for attention in {self.attn_precision}"
+            return Words.of("precision", dtype=self.attn_precision)
         if self.others:
-            return f"the call has arguments that PSA does not know ({', '.join(self.others)})"
+            return Words.of("unknown_arguments", names=self.others)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (self.q, self.k, self.v)):
+            return Words.of("gradients")
         head_dim = self.heads_first(self.q).shape[-1]
         if head_dim not in HEAD_DIMS:
-            return f"head dim {head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
+            return Words.of("head_dim", head_dim=head_dim, allowed=HEAD_DIMS)
         return None
 
 
-class AttentionOverride:
+class AttentionOverride(PartOfARun):
     """Answers the attention calls of one call of a video model: its own self-attention, and everything else unseen.
 
     Args:
@@ -121,31 +126,33 @@ class AttentionOverride:
         self._session = session
         self._sequence = sequence
         self._previous = previous
-        self._block: int | None = None
-        self._calls = 0
+        self._block: Block | None = None
+        # The blocks to come, where each makes one call.
+        self._counted = iter(sequence.block_order if sequence.one_call_per_block else ())
         self._video_calls = 0
         # Calls with single-owner tensor containers are only for overrides that say they take them.
-        if hasattr(previous, "container_function"):
-            self.container_function = previous.container_function
+        if (container_function := getattr(previous, "container_function", None)) is not None:
+            self.container_function = container_function
 
     # A gate that torch.compile traced would be frozen at its first answer.
     @torch.compiler.disable
     def __call__(self, func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         if self._sequence.one_call_per_block:
-            self._block, self._calls = self._calls, self._calls + 1
+            self._block = next(self._counted, None)
         call = AttentionCall.read(*args, **kwargs)
         dense = partial(func if self._previous is None else partial(self._previous, func), *args, **kwargs)
         if call is None or not self._spans_the_video(call):
             self._session.count_other()
             return dense()
-        block = self._named_block(call)
+        block = self._block_number(call)
         place, self._video_calls = self._video_calls if block is None else block, self._video_calls + 1
-        if reason := self._dense_reason(call, block):
-            self._session.count_dense(reason)
+        admitted = self._admit(call, block)
+        if isinstance(admitted, Words):
+            self._session.count_dense(admitted)
         else:
             q, k, v = map(call.heads_first, (call.q, call.k, call.v))
             out = self._session.attend(
-                q, k, v, self._sequence.layout, call.scale, place, lambda: call.output_heads_first(dense())
+                q, k, v, self._sequence.layout, admitted, call.scale, place, lambda: call.output_heads_first(dense())
             )
             if out is not None:
                 return call.output(out)
@@ -156,44 +163,42 @@ class AttentionOverride:
         same = call.q.shape == call.k.shape == call.v.shape
         return same and call.q.shape[2 if call.skip_reshape else 1] == self._sequence.layout.tokens
 
-    def _named_block(self, call: AttentionCall) -> int | None:
-        if self._sequence.side_blocks:  # whose calls carry the index of the block before them
-            return self._block
-        return call.options.get("block_index", self._block)
+    def _block_number(self, call: AttentionCall) -> int | None:
+        order, block = self._sequence.block_order, self._block
+        if not self._sequence.side_blocks:  # whose calls carry the index of the block before them
+            block = order.named_in(call.options) or block
+        return None if block is None else order.number(block)
 
-    def _dense_reason(self, call: AttentionCall, block: int | None) -> str | None:
+    def _admit(self, call: AttentionCall, block: int | None) -> PSAConfig | Words:
         if self._sequence.layout.tokens in self._sequence.context_lengths:
-            return (
-                "text or image context as long as the video, so that self-attention cannot be told from cross attention"
-            )
-        return self._session.dense_reason(self._sequence.layout, block) or call.unsupported_reason()
+            return Words.of("context_as_long")
+        admitted = self._session.admit(self._sequence.layout, block)
+        return admitted if isinstance(admitted, Words) else call.unsupported_reason() or admitted
 
-    def entries(self, options: Options, track_blocks: int) -> Options:
+    def entries(self, options: Options) -> Options:
         """What to replace in the options of a model call, so that its attention comes here.
 
         Args:
             options: The call's ``transformer_options``.
-            track_blocks: Number of transformer blocks whose identity the session needs; 0 for none.
         """
         entries: Options = {OVERRIDE_KEY: self}
-        if track_blocks:
+        if self._session.needs_blocks:
             # ComfyUI 0.3.x does not tell attention which block it is in.
             replacements = options.get("patches_replace", {})
             blocks = dict(replacements.get("dit", {}))
-            for index in range(track_blocks):
-                key = ("double_block", index)
-                blocks[key] = self._tracked_block(index, blocks.get(key))
+            for key, block in self._sequence.block_order.by_replace_key().items():
+                blocks[key] = self._tracked_block(block, blocks.get(key))
             entries["patches_replace"] = {**replacements, "dit": blocks}
         return entries
 
-    def _tracked_block(self, index: int, previous: Callable[..., Any] | None) -> Callable[..., Any]:
+    def _tracked_block(self, block: Block, previous: Callable[..., Any] | None) -> Callable[..., Any]:
         @torch.compiler.disable(recursive=False)
         def run_block(arguments: dict[str, Any], extra: dict[str, Any]) -> Any:
-            self._block = index
+            self._block = block
             try:
                 return extra["original_block"](arguments) if previous is None else previous(arguments, extra)
             finally:
-                self._block = self._sequence.side_blocks.get(index)
+                self._block = self._sequence.side_blocks.get(block)
 
         return run_block
 

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from comfy.model_management import InterruptProcessingException
@@ -15,7 +16,12 @@ from torch import Tensor
 
 from ..psa_core import PSAConfig
 from ..psa_core.attention import PSAStats
-from .pending_calls import Stopwatch
+from .shared_by_copies import PartOfARun
+from .tally import Stopwatch
+from .words import Words
+
+Attend: TypeAlias = "Callable[..., tuple[Tensor, PSAStats]]"
+"""``psa_attention`` with a call's own arguments, which answers with its statistics."""
 
 SPREAD = (1 / 16, 1 / 4, 1, 4, 16)
 """Error weights that are tried, as multiples of the running one. The error grows with about the third root of the
@@ -46,7 +52,7 @@ class ProbedCall:
     densities: tuple[float, ...]
 
 
-class Probe:
+class Probe(PartOfARun):
     """Compares a share of a run's sparse calls with dense attention, at several error weights.
 
     Args:
@@ -69,7 +75,7 @@ class Probe:
         self.calls: list[ProbedCall] = []
         self.not_finite = 0
         self.dense_not_finite = 0
-        self.dropped: Counter[str] = Counter()
+        self.dropped: Counter[Words] = Counter()
         self.seconds = 0.0
         self.elapsed = 0.0
         self._config = config
@@ -94,7 +100,7 @@ class Probe:
         block: int,
         out: Tensor,
         stats: PSAStats,
-        attend: Callable[..., tuple[Tensor, PSAStats]],
+        attend: Attend,
         dense: Callable[[], Tensor],
     ) -> None:
         """Compare a call, if it is in the share. Whatever goes wrong costs this comparison, not the run.
@@ -114,9 +120,9 @@ class Probe:
         except InterruptProcessingException:
             raise
         except torch.OutOfMemoryError:
-            reason = "for want of memory"
+            reason = Words.of("no_memory")
         except Exception as error:
-            reason = f"after {type(error).__name__}: {error}".partition("\n")[0]
+            reason = Words.of("after_error", error=Words.of_exception(error))
         watch.stop()
         with self._recording:
             self._watches.append(watch)
@@ -150,7 +156,7 @@ class Probe:
         self,
         out: Tensor,
         stats: PSAStats,
-        attend: Callable[..., tuple[Tensor, PSAStats]],
+        attend: Attend,
         dense: Callable[[], Tensor],
     ) -> Tensor:
         """Norm of the dense output and 0, then error and density of every config ``[2, 1 + configs]``."""

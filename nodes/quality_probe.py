@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import comfy.samplers
 import numpy as np
@@ -15,15 +14,18 @@ from nodes import common_ksampler
 
 from ..psa_core.presets import Preset, change
 from .attention_patch import PROBE_KEY, AttentionPatch
+from .gate import PatchSettings
 from .preset_loader import PresetSocket
 from .probe import Probe, ProbedCall
 from .run_record import RunRecord
-from .session import PatchSettings
 from .status import running_server, status_line, user_language
 from .suggestion import Curve, Suggestion, by_block, plain, suggest
-from .translations import translated
+from .words import Words, say_lines
 
 PRESET_SUFFIX = "-probed"
+
+Paragraph: TypeAlias = "tuple[Words, ...] | str"
+"""Sentences, a line each; or a table, which is the same in every language."""
 
 _MOST_STEPS = 10000
 _TABLE_ROWS, _TABLE_COLUMNS = 10, 4
@@ -167,9 +169,9 @@ class PSAQualityProbe(io.ComfyNode):
         weights = tuple(config.error_weight for config in probe.configs)
         suggestion = suggest(probe.calls, weights, wanted_error) if probe.calls else None
         report = describe(probe, patch.settings, record, suggestion, wanted_error)
-        report = translated(report, user_language(running_server()))
         status_line(cls.hidden.unique_id if cls.hidden else None)(beginning(report))
-        return io.NodeOutput(latent, report, suggested_preset(patch.settings, suggestion, wanted_error))
+        text = in_words(report, user_language(running_server()))
+        return io.NodeOutput(latent, text, suggested_preset(patch.settings, suggestion, wanted_error))
 
 
 def _advanced_inputs() -> list[io.WidgetInput]:
@@ -232,75 +234,77 @@ def dense_blocks_text(settings: PatchSettings, suggestion: Suggestion) -> str:
 
 def describe(
     probe: Probe, settings: PatchSettings, record: RunRecord | None, suggestion: Suggestion | None, wanted: float
-) -> str:
+) -> list[Paragraph]:
     """The report: what to set, what was measured, and what measuring cost."""
-    paragraphs = [f"PSA Quality Probe: {settings.title}"]
+    report: list[Paragraph] = [(Words.of("probe_title", title=settings.title),)]
     if suggestion is None:
-        paragraphs.append(_nothing_measured(probe, record))
+        report.append((_nothing_measured(probe, record),))
     else:
-        paragraphs.append(_values(settings, suggestion))
-        paragraphs.append(_expectation(probe, settings, suggestion, wanted))
+        # As Markdown, which Preview as Text shows, values of one paragraph would share a line.
+        report += [(value,) for value in _values(settings, suggestion)]
+        report.append(_expectation(probe, settings, suggestion, wanted))
         if suggestion.error_weight is not None:
-            paragraphs.append(_table_of_weights(probe))
-        paragraphs.append(_table_of_blocks(probe))
-    paragraphs.append(_cost(probe, record))
-    return "\n\n".join(filter(None, paragraphs))
+            report.append(_table_of_weights(probe))
+        report += _table_of_blocks(probe)
+    return [*report, *filter(None, [_cost(probe, record)])]
 
 
-def beginning(report: str) -> str:
+def in_words(report: Sequence[Paragraph], language: str) -> str:
+    """The report as text."""
+    return "\n\n".join(part if isinstance(part, str) else say_lines(part, language) for part in report)
+
+
+def beginning(report: Sequence[Paragraph]) -> list[Words]:
     """What has room on the node: the report without its title, up to the first table."""
-    _, *paragraphs = report.split("\n\n")
-    return "\n".join(itertools.takewhile(lambda paragraph: " | " not in paragraph, paragraphs))
+    lines: list[Words] = []
+    for part in report[1:]:
+        if isinstance(part, str):
+            break
+        lines += part
+    return lines
 
 
-def _nothing_measured(probe: Probe, record: RunRecord | None) -> str:
+def _nothing_measured(probe: Probe, record: RunRecord | None) -> Words:
     if record is None:
-        return "Nothing was sampled, so nothing was measured. The preset is unchanged."
+        return Words.of("nothing_sampled")
     if not record.sparse_calls:
-        return f"No attention call was sparse, so nothing was measured and the preset is unchanged. The run: {record}"
+        return Words.of("nothing_sparse", run=record.in_one_line())
     if probe.dropped or probe.not_finite:
-        return "No comparison gave a number. The preset is unchanged."
-    return f"None of the {record.sparse_calls} sparse calls was in the share; raise it. The preset is unchanged."
+        return Words.of("no_number")
+    return Words.of("none_in_share", calls=record.sparse_calls)
 
 
-def _values(settings: PatchSettings, suggestion: Suggestion) -> str:
-    lines = []
+def _values(settings: PatchSettings, suggestion: Suggestion) -> list[Words]:
     if suggestion.error_weight is None:
-        lines.append(
-            f"No error_weight is suggested: this preset selects by {settings.preset.config.selection}, not by error."
-        )
+        weight = Words.of("no_weight", selection=settings.preset.config.selection)
     else:
-        lines.append(f"error_weight: {plain(suggestion.error_weight)}")
+        weight = Words.of("weight_value", weight=plain(suggestion.error_weight))
     if suggestion.dense_blocks:
-        lines.append(f"dense_blocks: {dense_blocks_text(settings, suggestion)}")
-    else:
-        lines.append("dense_blocks: leave as it is, no block stands out")
-    return "\n\n".join(lines)  # as Markdown, which Preview as Text shows, they would share a line otherwise
+        return [weight, Words.of("blocks_value", blocks=dense_blocks_text(settings, suggestion))]
+    return [weight, Words.of("no_block_stands_out")]
 
 
-def _expectation(probe: Probe, settings: PatchSettings, suggestion: Suggestion, wanted: float) -> str:
+def _expectation(probe: Probe, settings: PatchSettings, suggestion: Suggestion, wanted: float) -> tuple[Words, ...]:
     curve = _curve(probe)
     lines = []
     if suggestion.error_weight is not None:
-        rest = " in the blocks that stay sparse" if suggestion.dense_blocks else ""
-        lines.append(
-            f"With that, expect an error of {suggestion.error:.4f} at density {suggestion.density:.3f}{rest}; "
-            f"wanted was {wanted:g}."
-        )
+        key = "expected_of_the_rest" if suggestion.dense_blocks else "expected"
+        lines.append(Words.of(key, error=suggestion.error, density=suggestion.density, wanted=wanted))
     if suggestion.out_of_reach:
-        end = "smallest" if suggestion.out_of_reach == "below" else "largest"
-        lines.append(
-            f"The wanted error is {suggestion.out_of_reach} all that were measured, so this is the {end} weight tried. "
-            "Set it in the patch and probe again."
-        )
-    if probe.running is not None:
-        error, density = float(curve.errors[probe.running]), float(curve.densities[probe.running])
-        weight = settings.preset.config.error_weight
-        having = "" if weight is None else f" with error_weight {plain(weight)}"
-        lines.append(f"This run{having} had an error of {error:.4f} at density {density:.3f}.")
+        lines.append(Words.of(f"{suggestion.out_of_reach}_reach"))
+    if probe.running is None:
+        lines.append(Words.of("this_run_exact"))
     else:
-        lines.append("This run was exact, with error_weight 0.")
-    return "\n".join(lines)
+        measured = {
+            "error": float(curve.errors[probe.running]),
+            "density": float(curve.densities[probe.running]),
+        }
+        weight = settings.preset.config.error_weight
+        if weight is None:
+            lines.append(Words.of("this_run", **measured))
+        else:
+            lines.append(Words.of("this_run_at_weight", weight=plain(weight), **measured))
+    return tuple(lines)
 
 
 def _table_of_weights(probe: Probe) -> str:
@@ -311,8 +315,8 @@ def _table_of_weights(probe: Probe) -> str:
     return _table(rows)
 
 
-def _table_of_blocks(probe: Probe) -> str:
-    """Mean errors by groups of blocks and of steps, and the blocks with the largest ones.
+def _table_of_blocks(probe: Probe) -> list[Paragraph]:
+    """The blocks with the largest errors, and mean errors by groups of blocks and of steps.
 
     They are those of the run; where that was exact, those of the weight in the middle.
     """
@@ -327,30 +331,33 @@ def _table_of_blocks(probe: Probe) -> str:
     means = {block: float(np.mean([call.errors[place] for call in calls])) for block, calls in blocks.items()}
     largest = sorted(means, key=lambda block: -means[block])[:3]
     weight = probe.configs[place].error_weight
-    title = "Errors" if weight is None else f"Errors at error_weight {plain(weight)}"
-    listed = ", ".join(f"block {block} {means[block]:.4f}" for block in largest)
-    return f"{title}; the largest: {listed}\n\n{_table(rows)}"
+    listed = tuple(Words.of("block_error", block=block, error=means[block]) for block in largest)
+    title = Words.of("errors", largest=listed)
+    if weight is not None:
+        title = Words.of("errors_at_weight", weight=plain(weight), largest=listed)
+    return [(title,), _table(rows)]
 
 
-def _cost(probe: Probe, record: RunRecord | None) -> str:
+def _cost(probe: Probe, record: RunRecord | None) -> tuple[Words, ...]:
     lines = []
     if probe.calls and record is not None:
         lines.append(
-            f"{len(probe.calls)} of {record.sparse_calls} sparse calls were compared. Probing took "
-            f"{probe.seconds:.1f} s of {probe.elapsed:.1f} s of sampling: the run was {probe.slowdown:.2f} times as "
-            "long as without."
+            Words.of(
+                "compared",
+                compared=len(probe.calls),
+                calls=record.sparse_calls,
+                seconds=probe.seconds,
+                elapsed=probe.elapsed,
+                slowdown=probe.slowdown,
+            )
         )
         sparse = {call.block for call in record.calls if call.density is not None}
         if unseen := sparse - {call.block for call in probe.calls}:
-            lines.append(f"No call of blocks {_ranges_text(unseen)} is among them; a larger share would reach them.")
-    for reason, count in probe.dropped.items():
-        lines.append(f"{count} comparisons were given up {reason}.")
+            lines.append(Words.of("unseen_blocks", blocks=_ranges_text(unseen)))
+    lines += [Words.of("given_up", count=count, reason=reason) for reason, count in probe.dropped.items()]
     if probe.not_finite:
-        lines.append(
-            f"{probe.not_finite} comparisons gave no finite error and are left out; in {probe.dense_not_finite} of "
-            "them dense attention itself was not finite."
-        )
-    return "\n".join(lines)
+        lines.append(Words.of("not_finite", count=probe.not_finite, dense=probe.dense_not_finite))
+    return tuple(lines)
 
 
 def _curve(probe: Probe) -> Curve:

@@ -14,10 +14,13 @@ from .report_picture import THEMES, draw_message, draw_run, most_first, seconds_
 from .run_facts import RunFacts
 from .run_record import RunRecord
 from .status import running_server, user_language
-from .translations import translated
+from .words import Words, say_lines
 
-_UNPATCHED = ("PSA is not on this model", "It has no PSA Attention Patch, or the preset is off.")
-_NO_RUN = ("No run yet", "Sample with this model, then run the report; connect the sampler's latent to it.")
+RUN_KEY = "psa_run"
+"""Where the node's output in ComfyUI's history holds the run's numbers."""
+
+_UNPATCHED = (Words.of("not_patched"), Words.of("patch_missing"))
+_NO_RUN = (Words.of("no_run"), Words.of("sample_first"))
 
 
 class PSAReport(io.ComfyNode):
@@ -56,38 +59,37 @@ class PSAReport(io.ComfyNode):
         if theme not in THEMES:
             raise ValueError(f"theme: {theme!r} is not one of {', '.join(THEMES)}")
         patch = AttentionPatch.find(model)
-        if patch is None or patch.last_run is None:
-            message = _UNPATCHED if patch is None else _NO_RUN
-            drawn, text = draw_message(*message, theme), "\n".join(message)
+        run = None if patch is None else patch.last_run
+        if patch is None or run is None:
+            title, advice = lines = list(_UNPATCHED if patch is None else _NO_RUN)
+            drawn = draw_message(str(title), str(advice), theme)
         else:
-            facts = RunFacts.of(patch.last_run)
-            drawn = draw_run(patch.last_run, facts, patch.settings.note.replace("\n", "; "), theme)
-            text = report_text(patch.last_run, facts)
-        text = translated(text, user_language(running_server()))
+            facts = RunFacts.of(run)
+            drawn = draw_run(run, facts, "; ".join(map(str, patch.settings.notes)), theme)
+            lines = report_lines(run, facts)
+        text = say_lines(lines, user_language(running_server()))
         picture = torch.from_numpy(np.asarray(drawn, dtype=np.float32) / 255)[None]
-        return io.NodeOutput(samples, picture, text, ui=ui.PreviewImage(picture, cls=cls))
+        shown = ui.PreviewImage(picture, cls=cls).as_dict()
+        # For programs that queue workflows: what ComfyUI's history holds of this node.
+        return io.NodeOutput(samples, picture, text, ui=shown | {RUN_KEY: [] if run is None else [run.as_json()]})
 
 
-def report_text(run: RunRecord, facts: RunFacts) -> str:
-    """The report in English, a fact on each line."""
-    if run.unused_cause:
-        return "\n".join([f"PSA {run.title}", *run.summary()])
-    lines = [f"PSA {run.title}", run.comparison, f"{run.sparse_steps} of {run.steps} steps sparse"]
-    if run.density is not None:
-        lines.append(f"mean density {run.density:.2f} ({run.backend})")
-    lines += [f"{run.tokens} tokens", f"sparse calls: {run.sparse_calls}, dense: {sum(run.dense_calls.values())}"]
-    lines += [f"dense: {count} {reason}" for reason, count in most_first(run.dense_calls)]
+def report_lines(run: RunRecord, facts: RunFacts) -> list[Words]:
+    """The report, a fact on each line."""
+    title = Words.of("title", title=run.title)
+    if run.unused_cause is not None:
+        return [title, *run.summary()]
+    lines = [title, *run.what_was_sparse(), Words.of("tokens", tokens=run.tokens)]
+    lines.append(Words.of("calls", sparse=run.sparse_calls, dense=run.dense_count))
+    lines += [Words.of("dense_because", count=count, reason=reason) for reason, count in most_first(run.dense_calls)]
     if facts.level_shares.any():
         pairs = zip(run.levels, facts.level_shares, strict=True)
-        lines += [f"block pairs at level {level}: {share:.1%}" for level, share in pairs]
+        lines += [Words.of("pairs_at_level", level=level, share=float(share)) for level, share in pairs]
     if run.calls:
-        lines.append(f"in sparse calls: {seconds_text(facts.sparse_seconds)}")
-        lines.append(f"in dense calls: {seconds_text(facts.dense_seconds)}")
+        lines.append(Words.of("sparse_seconds", seconds=seconds_text(facts.sparse_seconds)))
+        lines.append(Words.of("dense_seconds", seconds=seconds_text(facts.dense_seconds)))
     if facts.estimate is not None:
-        lines.append(f"the sparse calls if dense, estimated: {seconds_text(facts.estimate)}")
+        lines.append(Words.of("estimate", seconds=seconds_text(facts.estimate)))
     if facts.unmatched:
-        lines.append(
-            f"the sparse calls if dense: no estimate, as no dense call like {facts.unmatched} of them was timed"
-        )
-    lines.append(f"{run.outcome} after {run.seconds:.1f} s")
-    return "\n".join(filter(None, lines))
+        lines.append(Words.of("no_estimate", count=facts.unmatched))
+    return [*lines, run.ending]

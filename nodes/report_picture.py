@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .run_facts import RunFacts
 from .run_record import RunRecord
+from .words import Words
 
 WIDTH = 1024
 """Width of every picture in pixels."""
@@ -90,10 +91,10 @@ def draw_run(run: RunRecord, facts: RunFacts, note: str, theme: str) -> Image.Im
         An RGB picture, ``WIDTH`` wide and as high as it needs.
     """
     page = _Page(THEMES[theme])
-    page.title(run.title, f"{run.outcome} after {run.seconds:.1f} s" + (f"  |  {note}" if note else ""))
-    if run.unused_cause:
+    page.title(run.title, str(run.ending) + (f"  |  {note}" if note else ""))
+    if run.unused_cause is not None:
         page.heading("PSA was not used")
-        page.paragraph(run.unused_cause)
+        page.paragraph(str(run.unused_cause))
         return page.finish()
     page.tiles(_tiles(run))
     if facts.density.size:
@@ -104,10 +105,9 @@ def draw_run(run: RunRecord, facts: RunFacts, note: str, theme: str) -> Image.Im
     else:
         page.heading("Calls")
         page.paragraph("No call was recorded: after a failure the device is asked nothing any more.")
-    total = sum(run.dense_calls.values())
-    page.heading(f"Sparse calls: {run.sparse_calls}, dense: {total}")
+    page.heading(f"Sparse calls: {run.sparse_calls}, dense: {run.dense_count}")
     for reason, count in most_first(run.dense_calls):
-        page.paragraph(f"dense: {count} {reason}")
+        page.paragraph(str(Words.of("dense_because", count=count, reason=reason)))
     return page.finish()
 
 
@@ -120,11 +120,15 @@ def draw_message(title: str, text: str, theme: str) -> Image.Image:
 
 
 def _tiles(run: RunRecord) -> list[tuple[str, str]]:
-    words = run.comparison.removeprefix("attention ")
-    speed, _, direction = words.partition(" ") if words[:1].isdigit() else ("as dense" if words else "-", "", "")
-    label = "speed of attention" if run.backend != "reference" else "speed: reference is slow"
+    speed, label = "-", "speed of attention"
+    if (pace := run.pace) is not None:
+        named = pace.kind != "as_fast"
+        speed = f"{pace.times:.1f}x" if named else "as dense"
+        label = f"attention, {pace.kind} than dense" if named else label
+    if run.backend == "reference":
+        label = "speed: reference is slow"
     return [
-        (speed, f"attention, {direction} than dense" if direction else label),
+        (speed, label),
         ("-" if run.density is None else f"{run.density:.2f}", "mean density, sparse calls"),
         (f"{run.sparse_steps} of {run.steps}", "steps sparse"),
         (str(run.tokens), "tokens"),
@@ -236,7 +240,7 @@ class _Page:
                     self._draw.rectangle((x, self._y, x + seconds * scale, self._y + _BAR_HEIGHT), color)
                 x += seconds * scale
             total = sum(seconds for seconds, _ in parts)
-            self._text(x + 10, self._y + _BAR_HEIGHT / 2, seconds_text(total), _BODY, anchor="lm")
+            self._text(x + 10, self._y + _BAR_HEIGHT / 2, f"{seconds_text(total)} s", _BODY, anchor="lm")
             self._y += _BAR_HEIGHT + 10
         if facts.unmatched:
             self.paragraph(
@@ -288,14 +292,14 @@ class _Page:
         return lines if len(lines) <= _MOST_LINES else [*lines[: _MOST_LINES - 1], "..."]
 
 
-def most_first(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+def most_first(counts: Mapping[Words, int]) -> list[tuple[Words, int]]:
     """Reasons and how often, the most frequent first."""
     return sorted(counts.items(), key=lambda item: -item[1])
 
 
 def seconds_text(seconds: float) -> str:
-    """Seconds with a reasonable number of digits."""
-    return f"{seconds:.{0 if seconds >= 100 else 1 if seconds >= 10 else 2 if seconds >= 0.1 else 4}f} s"
+    """A number of seconds with a reasonable number of digits."""
+    return f"{seconds:.{0 if seconds >= 100 else 1 if seconds >= 10 else 2 if seconds >= 0.1 else 4}f}"
 
 
 def _printable(text: str) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from ..psa_core.config import Level
+from .words import Words
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class RunRecord:
         density: Mean over the sparse calls of the share of dense work that was done; None without any.
         tokens: Length of the longest video sequence.
         backend: Backend of the sparse calls; empty without any.
-        unused_cause: Why no video self-attention came by; empty where some did.
+        unused_cause: Why no video self-attention came by; None where some did.
         levels: The preset's levels, from fine to coarse.
         calls: The video self-attention calls, in order; after a failure, those that were read from the device before.
     """
@@ -60,13 +62,13 @@ class RunRecord:
     steps: int
     sparse_steps: int
     sparse_calls: int
-    dense_calls: dict[str, int]
+    dense_calls: dict[Words, int]
     dense_attention: str
     other_calls: int
     density: float | None
     tokens: int
     backend: str
-    unused_cause: str
+    unused_cause: Words | None
     levels: tuple[Level, ...]
     calls: tuple[CallRecord, ...]
 
@@ -76,43 +78,101 @@ class RunRecord:
         return speedup(self.calls)
 
     @property
-    def comparison(self) -> str:
-        """The speedup in words; empty where it is not known, or the backend is not one to be fast."""
-        return "" if self.backend == "reference" else compared_with_dense(self.calls)
+    def pace(self) -> Pace | None:
+        """How fast attention was; None where it is not known, or the backend is not one to be fast."""
+        return None if self.backend == "reference" else pace(self.calls)
 
-    def summary(self) -> list[str]:
+    def summary(self) -> list[Words]:
         """The run in short lines, to be read at a glance."""
-        lines = []
-        if self.unused_cause:
-            lines += ["not used:", self.unused_cause]
+        lines: list[Words] = []
+        if self.unused_cause is not None:
+            lines += [Words.of("not_used"), self.unused_cause]
         else:
-            lines += filter(None, [self.comparison])
-            lines.append(f"{self.sparse_steps} of {self.steps} steps sparse")
-            if self.density is not None:
-                lines.append(f"mean density {self.density:.2f} ({self.backend})")
+            lines += self.what_was_sparse()
         if self.dense_calls:
-            most = "" if len(self.dense_calls) == 1 else ", most of them"
-            lines.append(f"dense calls: {sum(self.dense_calls.values())}{most}")
+            several = len(self.dense_calls) > 1
+            lines.append(Words.of("most_dense_calls" if several else "dense_calls", count=self.dense_count))
             lines.append(max(self.dense_calls, key=lambda reason: self.dense_calls[reason]))
-        return [*lines, f"{self.outcome} after {self.seconds:.1f} s"]
+        return [*lines, self.ending]
+
+    def what_was_sparse(self) -> list[Words]:
+        """Pace, steps and density, a line each."""
+        lines = [] if self.backend == "reference" else compared_with_dense(self.calls)
+        lines.append(Words.of("steps_sparse", sparse=self.sparse_steps, steps=self.steps))
+        if self.density is not None:
+            lines.append(Words.of("mean_density", density=self.density, backend=self.backend))
+        return lines
+
+    @property
+    def dense_count(self) -> int:
+        """Number of video self-attention calls that stayed dense."""
+        return sum(self.dense_calls.values())
+
+    @property
+    def ending(self) -> Words:
+        """How the run ended, and when."""
+        return Words.of(self.outcome, seconds=self.seconds)
+
+    def in_one_line(self) -> Words:
+        """The run for the log."""
+        if self.unused_cause is not None:
+            return Words.of("run", parts=(Words.of("unused", cause=self.unused_cause), self.ending))
+        count = Words.of("sparse_count", count=self.sparse_calls)
+        if self.density is not None:
+            count = Words.of(
+                "sparse_count_and_density", count=self.sparse_calls, density=self.density, backend=self.backend
+            )
+        ratio = self.speedup
+        faster = () if ratio is None else (Words.of("times_dense_speed", times=ratio),)
+        dense = Words.of("dense_count", count=self.dense_count)
+        if self.dense_calls:
+            reasons = tuple(
+                Words.of("counted", count=count, reason=reason) for reason, count in self.dense_calls.items()
+            )
+            dense = Words.of("dense_reasons", count=self.dense_count, reasons=reasons)
+            if self.dense_attention:
+                # The other node's attention may be sparse as well: the line tells which of the two did what.
+                dense = Words.of("left_to", calls=dense, owner=self.dense_attention)
+        parts = (
+            Words.of("sparse_calls", facts=(count, *faster)),
+            dense,
+            Words.of("steps_sparse", sparse=self.sparse_steps, steps=self.steps),
+            Words.of("tokens", tokens=self.tokens),
+            self.ending,
+        )
+        return Words.of("run", parts=parts)
 
     def __str__(self) -> str:
-        parts = []
-        if self.unused_cause:
-            parts.append(f"not used: {self.unused_cause}")
-        else:
-            density = "" if self.density is None else f" (mean density {self.density:.3f}, {self.backend})"
-            faster = "" if (ratio := self.speedup) is None else f", {ratio:.1f}x dense speed"
-            parts.append(f"{self.sparse_calls} sparse calls{density}{faster}")
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self.dense_calls.items())
-            parts.append(f"{sum(self.dense_calls.values())} dense calls" + (f" ({reasons})" if reasons else ""))
-            if self.dense_calls and self.dense_attention:
-                # The other node's attention may be sparse as well: the line tells which of the two did what.
-                parts[-1] += f", left to the attention of {self.dense_attention}"
-            parts.append(f"{self.sparse_steps} of {self.steps} steps sparse")
-            parts.append(f"{self.tokens} tokens")
-        parts.append(f"{self.outcome} after {self.seconds:.1f} s")
-        return "; ".join(parts)
+        return str(self.in_one_line())
+
+    def as_json(self) -> dict[str, Any]:
+        """The run without its single calls, for programs that queue workflows."""
+        return {
+            "title": self.title,
+            "outcome": self.outcome,
+            "seconds": self.seconds,
+            "steps": self.steps,
+            "sparse_steps": self.sparse_steps,
+            "sparse_calls": self.sparse_calls,
+            "dense_calls": {str(reason): count for reason, count in self.dense_calls.items()},
+            "density": self.density,
+            "tokens": self.tokens,
+            "backend": self.backend,
+            "unused_cause": "" if self.unused_cause is None else str(self.unused_cause),
+        }
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Sparse calls against dense ones, as people say it.
+
+    Args:
+        kind: Key of its sentence.
+        times: So many times, 1 or more.
+    """
+
+    kind: Literal["faster", "slower", "as_fast"]
+    times: float
 
 
 def speedup(calls: Sequence[CallRecord]) -> float | None:
@@ -129,11 +189,18 @@ def speedup(calls: Sequence[CallRecord]) -> float | None:
     return statistics.median(dense) / max(statistics.median(sparse), 1e-9)
 
 
-def compared_with_dense(calls: Sequence[CallRecord]) -> str:
-    """The speedup in words; empty where it is not known."""
+def pace(calls: Sequence[CallRecord]) -> Pace | None:
+    """The speedup as people say it; None where it is not known."""
     if not (ratio := speedup(calls)):
-        return ""
-    faster, slower = f"{ratio:.1f}", f"{1 / ratio:.1f}"
-    if "1.0" in (faster, slower):
-        return "attention as fast as dense"
-    return f"attention {faster}x faster" if ratio > 1 else f"attention {slower}x slower"
+        return None
+    times = max(ratio, 1 / ratio)
+    if round(times, 1) == 1 or round(1 / times, 1) == 1:
+        return Pace("as_fast", 1.0)
+    return Pace("faster" if ratio > 1 else "slower", times)
+
+
+def compared_with_dense(calls: Sequence[CallRecord]) -> list[Words]:
+    """The pace in a line; none where it is not known."""
+    if (found := pace(calls)) is None:
+        return []
+    return [Words.of("as_fast") if found.kind == "as_fast" else Words.of(found.kind, times=found.times)]

@@ -6,14 +6,15 @@ import json
 import re
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import folder_paths
 from comfy.cli_args import args
 
-from .translations import translated
+from .words import Report, Unfailing, Words, say_lines
 
 COLUMNS = 30
 """Width of a line on a node of ordinary size, which else breaks in mid-word; a Chinese character takes two columns."""
@@ -22,15 +23,15 @@ COLUMNS = 30
 _PIECES = re.compile(r"\s+|(?:[\u2e80-\uffef]|[^\s\u2e80-\uffef]+)[\u3001\u3002\uff09\uff0c\uff1a\uff1b]*")
 
 
-def status_line(node_id: str | None) -> Callable[[str], None]:
-    """What shows a text on a node, given in English; nobody sees it where ComfyUI runs without its server."""
+def status_line(node_id: str | None) -> Report:
+    """What shows sentences on a node; nobody sees them where ComfyUI runs without its server."""
+    return Unfailing(partial(_send, node_id))
 
-    def report(text: str) -> None:
-        server = running_server()
-        if server is not None and node_id is not None:
-            server.send_progress_text(folded(translated(text, user_language(server))), node_id)
 
-    return report
+def _send(node_id: str | None, lines: Sequence[Words]) -> None:
+    server = running_server()
+    if server is not None and node_id is not None:
+        server.send_progress_text(folded(say_lines(lines, user_language(server))), node_id)
 
 
 def running_server() -> Any:
@@ -57,17 +58,19 @@ def _chosen_language() -> str:
     path = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
     try:
         chosen = json.loads(path.read_text("utf-8")).get("Comfy.Locale")
-    except (OSError, ValueError, AttributeError):  # not there, or not what ComfyUI writes
+    except (OSError, ValueError, AttributeError, RecursionError):  # not there, or not what ComfyUI writes
         return ""
     return chosen if isinstance(chosen, str) else ""
 
 
 def _browser_language(server: Any) -> str:
     """What the browser behind the running prompt likes best; it said so when it connected."""
-    sockets, client = getattr(server, "sockets", None) or {}, getattr(server, "client_id", None)
-    request = getattr(sockets.get(client), "_req", None)  # the web library has no public name for it
-    languages = str(getattr(request, "headers", {}).get("Accept-Language", ""))
-    return re.split("[,;]", languages)[0].strip()
+    try:
+        request = server.sockets[server.client_id]._req  # the web library has no public name for it
+        languages = request.headers.get("Accept-Language", "")
+        return re.split("[,;]", languages)[0].strip()
+    except (AttributeError, LookupError, TypeError):  # not a server that ComfyUI has today
+        return ""
 
 
 def folded(text: str, columns: int = COLUMNS) -> str:

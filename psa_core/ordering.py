@@ -25,7 +25,6 @@ class BlockTable:
         tokens: Index of the token at every place ``[blocks * size]``, int32; -1 where a place is empty.
         counts: Tokens of every block ``[blocks]``, int32, from 1 to ``size``.
         last_video_count: Tokens of the last video block, as a plain number (``size`` when there is none).
-        last_exact_count: Tokens of the last exact block, likewise.
     """
 
     size: int
@@ -34,7 +33,6 @@ class BlockTable:
     tokens: Tensor
     counts: Tensor
     last_video_count: int
-    last_exact_count: int
 
     @property
     def blocks(self) -> int:
@@ -110,7 +108,6 @@ def _cut_into_blocks(video: NDArray[np.int64], exact: NDArray[np.int64], size: i
         tokens=torch.from_numpy(tokens).to(device),
         counts=torch.from_numpy((tokens >= 0).reshape(-1, size).sum(1, dtype=np.int32)).to(device),
         last_video_count=(len(video) - 1) % size + 1 if len(video) else size,
-        last_exact_count=(len(exact) - 1) % size + 1 if len(exact) else size,
     )
 
 

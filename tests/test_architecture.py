@@ -51,6 +51,42 @@ SHARED_WITH_TRITON = {
     "importance": {"BLOCK_BIAS_CLAMP", "LEVEL_BIAS_CLAMP"},
 }
 CORE_LIBRARIES = {"numpy", "torch", "yaml"}
+# Likewise every module of the nodes with all of theirs; the core they may all import, but for its backends' insides.
+NODE_ARROWS = {
+    "nodes": {
+        *("attention_patch", "compare", "load_cogvideox", "preset", "preset_loader", "quality_probe", "report"),
+    },
+    "words": set(),
+    "shared_by_copies": set(),
+    "models": set(),
+    "models.sequence": {"words"},
+    "models.wan": {"models.sequence", "words"},
+    "models.cogvideox": {"models.sequence", "words"},
+    "models.known": {"models.cogvideox", "models.sequence", "models.wan", "words"},
+    "gate": {"words"},
+    "run_record": {"words"},
+    "tally": {"run_record", "words"},
+    "probe": {"shared_by_copies", "tally", "words"},
+    "session": {"gate", "probe", "run_record", "shared_by_copies", "tally", "words"},
+    "override": {"models.sequence", "session", "shared_by_copies", "words"},
+    "status": {"words"},
+    "preset_loader": set(),
+    "preset": {"preset_loader"},
+    "attention_patch": {
+        *("gate", "models.known", "models.sequence", "override", "preset_loader", "run_record", "session"),
+        *("shared_by_copies", "status", "words"),
+    },
+    "suggestion": {"probe"},
+    "quality_probe": {
+        *("attention_patch", "gate", "preset", "preset_loader", "probe", "run_record", "status", "suggestion", "words"),
+    },
+    "run_facts": {"run_record"},
+    "report_picture": {"run_facts", "run_record", "words"},
+    "report": {"attention_patch", "report_picture", "run_facts", "run_record", "status", "words"},
+    "compare": {"status", "words"},
+    "cogvideox_keys": set(),
+    "load_cogvideox": {"cogvideox_keys", "models.cogvideox", "override"},
+}
 
 
 def imports(path: Path) -> Iterator[tuple[str, str]]:
@@ -111,13 +147,51 @@ def test_core_imports_point_down(path: Path) -> None:
             assert library in sys.stdlib_module_names or library in allowed, f"{row} imports {library}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "nodes").glob("*.py")), ids=lambda path: path.name)
-def test_nodes_know_the_core_but_no_backend(path: Path) -> None:
-    modules = [module for module, _ in imports(path)]
-    for module in modules:
+def node_files() -> dict[Path, str]:
+    files = {}
+    for path in sorted((ROOT / "nodes").rglob("*.py")):
+        dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        files[path] = dotted.removeprefix("nodes.")
+    return files
+
+
+def test_every_node_module_has_its_arrows() -> None:
+    assert set(node_files().values()) == set(NODE_ARROWS)
+
+
+def test_arrows_never_lead_back() -> None:
+    """Each row's targets can be put before it."""
+    for arrows in (ARROWS, NODE_ARROWS):
+        placed: set[str] = set()
+        while ready := {row for row, targets in arrows.items() if row not in placed and targets <= placed}:
+            placed |= ready
+        assert placed == set(arrows)
+
+
+@pytest.mark.parametrize("path", node_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_node_imports_point_down(path: Path) -> None:
+    row = node_files()[path]
+    for module, name in imports(path):
+        if (module, name) == ("nodes", "common_ksampler"):
+            continue  # ComfyUI's own module of that name
+        if is_ours(module, "nodes"):
+            target = module.removeprefix("nodes.")
+            assert target in NODE_ARROWS[row], f"{row} imports {target}"
         assert module.partition(".")[0] not in {"triton", "demo", "tests", "benchmarks"}
         assert not is_ours(module, "psa_core.backends.triton")
         assert not is_ours(module, "psa_core.backends.reference")
+
+
+@pytest.mark.parametrize("path", node_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_a_familys_own_file_knows_comfyuis_networks(path: Path) -> None:
+    if node_files()[path].startswith("models."):
+        return
+    assert [module for module, _ in imports(path) if is_ours(module, "comfy.ldm")] == []
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    called = [node.func for node in nodes if isinstance(node, ast.Call)]  # a family's function may have the name
+    for node in nodes:
+        assert not (isinstance(node, ast.Attribute) and node.attr == "blocks" and node not in called)
+        assert not (isinstance(node, ast.Constant) and node.value in ("double_block", "single_block"))
 
 
 def test_importing_the_core_loads_neither_triton_nor_comfy() -> None:

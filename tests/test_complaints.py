@@ -31,7 +31,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import ROOT
-from test_nodes_patch import EVERYWHERE, OVERRIDE, SPARSE, distance, patch, record
+from runs import reasons, record
+from test_nodes_patch import EVERYWHERE, OVERRIDE, SPARSE, distance, patch
 from tiny_wan import BLOCKS, TOKENS, make_model, sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,7 +103,7 @@ def black_or_noisy_video(model: Any) -> None:
             out = sample(patched)
         self_check.self_check.cache_clear()
         assert torch.equal(out, dense)
-        (reason,) = record(patched).dense_calls
+        (reason,) = reasons(record(patched))
         assert "self-check of backend reference" in reason
 
 
@@ -167,7 +168,7 @@ def without_triton_the_import_fails_and_the_nodes_are_gone(model: Any) -> None:
         assert {"PSAAttentionPatch", "PSAPresetLoader"} <= {node.GET_SCHEMA().node_id for node in nodes}
         patched = patch(model, **SPARSE | {"backend": "triton"})
         assert torch.equal(sample(patched), sample(model))
-        (reason,) = record(patched).dense_calls
+        (reason,) = reasons(record(patched))
         assert "Triton is not installed; install the triton" in reason
     finally:
         del sys.modules["triton"]
@@ -180,12 +181,12 @@ def take_out(prefix: str) -> dict[str, Any]:
 
 
 def count_whole_patches_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    from psa_pack.nodes import video_models
+    from psa_pack.nodes.models import wan
 
     def whole(shape: Any, patch_size: Any) -> tuple[int, ...]:
         return tuple(extent // size for extent, size in zip(shape, patch_size, strict=True))
 
-    monkeypatch.setattr(video_models, "_token_grid", whole)
+    monkeypatch.setattr(wan, "token_grid", whole)
 
 
 @complaint("WanVideoWrapper#826, #852; RadialAttn#5, #9", without=count_whole_patches_only)
@@ -303,7 +304,7 @@ def the_patch_stays_on_after_bypass_or_hits_another_model(_: Any) -> None:
 def go_sparse_at_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
     from psa_pack.nodes.session import Session
 
-    monkeypatch.setattr(Session, "dense_reason", lambda *args: None)
+    monkeypatch.setattr(Session, "admit", lambda self, *args: self.settings.preset.config)
 
 
 @complaint("SolAttn_triton#10, #22; RadialAttn#6", without=go_sparse_at_any_length)
@@ -378,6 +379,7 @@ def it_runs_out_of_memory(model: Any) -> None:
 def gate_by_counting_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """As those do who call the first so many model calls warm-up: two conditions, half of ten steps."""
     from psa_pack.nodes.session import Session
+    from psa_pack.nodes.words import Words
 
     begin = Session.begin_model_call
 
@@ -387,7 +389,9 @@ def gate_by_counting_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Session, "begin_model_call", counted)
     monkeypatch.setattr(
-        Session, "_window_reason", lambda self, sigma: None if self.calls >= 10 else "before start_percent 0.5"
+        Session,
+        "admit",
+        lambda self, *args: self.settings.preset.config if self.calls >= 10 else Words.of("dense_block"),
     )
 
 
@@ -447,7 +451,7 @@ def the_next_comfyui_breaks_it(model: Any) -> None:
             newer.setattr(wan.WanModel, "forward", forward_anew)
             assert torch.equal(sample(patched), expected if sparse else sample(model))
         reason = "the call has arguments that PSA does not know (of_tomorrow)"
-        assert record(patched).dense_calls == ({} if sparse else {reason: 4 * BLOCKS})
+        assert reasons(record(patched)) == ({} if sparse else {reason: 4 * BLOCKS})
 
 
 def show_everything(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -467,14 +471,14 @@ def show_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 @complaint("bleh#17", without=show_everything)
 def too_many_knobs_to_tune_for_each_model(model: Any) -> None:
     """Beside the model two inputs show, neither needs a choice, and the numbers are the model's own."""
-    from psa_pack.nodes.attention_patch import PSAAttentionPatch
+    from psa_pack.nodes.attention_patch import AttentionPatch, PSAAttentionPatch
 
     shown = [
         entry.id for entry in PSAAttentionPatch.define_schema().inputs if not (entry.extra_dict or {}).get("advanced")
     ]
     assert shown == ["model", "preset", "custom_preset"]
     (choice,) = [entry for entry in PSAAttentionPatch.define_schema().inputs if entry.id == "preset"]
-    settings = patch(model, choice.default).get_wrappers("outer_sample", "psa_attention")[0].__self__.settings
+    settings = AttentionPatch.find(patch(model, choice.default)).settings
     assert settings.preset == load_presets(ROOT / "presets" / "wan2.1_1.3b.yaml")["balanced"]
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from test_nodes_patch import SPARSE, patch, preset, record
+from runs import reasons, record
+from test_nodes_patch import SPARSE, patch, preset
 from tiny_wan import BLOCKS, make_model, sample
 
 
@@ -45,7 +46,7 @@ def at_once(*runs: Callable[[], Tensor]) -> list[Tensor]:
 
 def counts(patched: Any) -> tuple[Any, ...]:
     run = record(patched)
-    return run.outcome, run.steps, run.sparse_calls, run.dense_calls, run.other_calls, run.density
+    return run.outcome, run.steps, run.sparse_calls, reasons(run), run.other_calls, run.density
 
 
 def test_two_models_with_different_presets_in_one_graph(models: tuple[Any, Any]) -> None:
@@ -63,8 +64,8 @@ def test_one_model_patched_in_two_ways(models: tuple[Any, Any]) -> None:
     first, second = patch(models[0], **SPARSE), patch(models[0], **SPARSE, dense_blocks="0")
     alone = sample(first), sample(second)
     assert not torch.equal(*alone)
-    assert record(first).dense_calls == {}
-    assert record(second).dense_calls == {"in dense_blocks": 4}
+    assert reasons(record(first)) == {}
+    assert reasons(record(second)) == {"in dense_blocks": 4}
     assert torch.equal(sample(first), alone[0])
     assert torch.equal(sample(second), alone[1])
 
@@ -99,11 +100,13 @@ def test_two_threads_sampling_at_once(models: tuple[Any, Any]) -> None:
 
 def test_calls_of_one_run_from_several_threads_are_all_counted(comfyui: Path) -> None:
     """As ComfyUI's multi-GPU work units make them: one session, a thread per device."""
-    from psa_pack.nodes.session import PatchSettings, Session
+    from psa_pack.nodes.gate import PatchSettings
+    from psa_pack.nodes.session import Session
+    from psa_pack.nodes.words import Words
     from psa_pack.psa_core import TokenLayout
 
     layout, threads, calls = TokenLayout((1, 4, 5)), 4, 40
-    settings = PatchSettings("test", "", preset(), frozenset(), "reference", False)
+    settings = PatchSettings("test", (), preset(), frozenset(), "reference", False)
     session = Session(settings, lambda p: 1 - p, lambda text: None)
     q = torch.randn(1, 2, layout.tokens, 64, generator=torch.Generator().manual_seed(0))
     alone = session_output(session, q, layout)
@@ -111,7 +114,7 @@ def test_calls_of_one_run_from_several_threads_are_all_counted(comfyui: Path) ->
     def work() -> Tensor:
         for _ in range(calls):
             out = session_output(session, q, layout)
-            session.count_dense("by the test")
+            session.count_dense(Words.of("said", text="by the test"))
             session.count_other()
             assert torch.equal(out, alone)
         return out
@@ -119,14 +122,14 @@ def test_calls_of_one_run_from_several_threads_are_all_counted(comfyui: Path) ->
     at_once(*[work] * threads)
     run = session.finish("finished")
     total = threads * calls
-    assert (run.sparse_calls, run.dense_calls, run.other_calls) == (total + 1, {"by the test": total}, total)
+    assert (run.sparse_calls, reasons(run), run.other_calls) == (total + 1, {"by the test": total}, total)
     assert run.density == 1.0  # a lone block is worth its exact rows
     assert (run.steps, run.sparse_steps) == (1, 1)
 
 
 def session_output(session: Any, q: Tensor, layout: Any) -> Tensor:
     session.begin_model_call(0.5, layout)
-    out = session.attend(q, q, q, layout, None, 0, dense=lambda: q)
+    out = session.attend(q, q, q, layout, preset().config, None, 0, dense=lambda: q)
     assert out is not None
     return out
 

@@ -9,13 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from run import Rendering, compare, find, read_frames, save_comparison, save_sheet, without_patch
+from run import Rendering, compare, find, read_frames, save_comparison, save_sheet, with_report, without_patch
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
-STATUS = (
-    "PSA wan2.1_1.3b balanced: 48 sparse calls (mean density 0.340, reference); 12 dense calls (12 before the sparse "
-    "steps); 16 of 20 steps sparse; 4992 tokens; finished after 8.0 s"
-)
+RECORD = {"sparse_calls": 48, "density": 0.34, "backend": "reference", "sparse_steps": 16, "steps": 20}
 
 
 def api_workflow() -> dict[str, dict[str, object]]:
@@ -32,6 +29,16 @@ def test_without_the_patch_its_model_goes_straight_on() -> None:
     assert set(workflow) - set(plain) == {"2"}
     assert find(plain, "ModelSamplingSD3")["inputs"]["model"] == ["1", 0]
     assert find(workflow, "ModelSamplingSD3")["inputs"]["model"] == ["2", 0]
+
+
+def test_the_report_looks_at_the_samplers_own_model() -> None:
+    workflow = api_workflow()
+    reported = with_report(workflow)
+    assert set(reported) - set(workflow) == {"report"}
+    inputs = reported["report"]["inputs"]
+    assert isinstance(inputs, dict)
+    assert inputs["model"] == find(workflow, "KSampler")["inputs"]["model"]
+    assert workflow[inputs["samples"][0]]["class_type"] == "KSampler"
 
 
 def test_both_workflow_files_are_one_workflow() -> None:
@@ -56,11 +63,11 @@ def test_both_workflow_files_are_one_workflow() -> None:
         }
 
 
-def test_the_comparison_reads_psas_own_report() -> None:
+def test_the_comparison_takes_psas_own_numbers() -> None:
     frames = noise(0)
     other = frames.copy()
     other[0] ^= 255
-    results = compare(Rendering(frames, 2.0, 10.0, ""), Rendering(other, 1.0, 20.0, STATUS), "0.0.1")
+    results = compare(Rendering(frames, 2.0, 10.0, None), Rendering(other, 1.0, 20.0, RECORD), "0.0.1")
     wanted = {"density": 0.34, "sparse_steps_share": 0.8, "backend": "reference", "comfyui_version": "0.0.1"}
     assert results.items() >= wanted.items()
     assert (results["dense_seconds"], results["psa_seconds"], results["peak_mib"]) == (2.0, 1.0, 20.0)
@@ -71,8 +78,9 @@ def test_the_comparison_reads_psas_own_report() -> None:
 
 def test_a_run_without_psa_is_no_comparison() -> None:
     frames = noise(0)
-    with pytest.raises(SystemExit, match="PSA took no part in its run"):
-        compare(Rendering(frames, 2.0, 10.0, ""), Rendering(frames, 1.0, 20.0, ""), "0.0.1")
+    for record in (None, RECORD | {"sparse_calls": 0, "density": None}):
+        with pytest.raises(SystemExit, match="PSA took no part in its run"):
+            compare(Rendering(frames, 2.0, 10.0, None), Rendering(frames, 1.0, 20.0, record), "0.0.1")
 
 
 def test_pictures_hold_both_videos(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from test_nodes_patch import OVERRIDE, SPARSE, patch, record
+from runs import reasons, record
+from test_nodes_patch import OVERRIDE, SPARSE, patch
 from tiny_wan import BLOCKS, make_model, sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,10 +93,10 @@ def test_a_fault_turns_one_run_dense_and_the_next_one_is_sparse_again(
         assert torch.equal(sample(patched), dense)
     assert record(patched).outcome == "finished"
     assert record(patched).sparse_calls == 0
-    (said,) = record(patched).dense_calls
+    (said,) = reasons(record(patched))
     assert said.startswith(f"because PSA could not run ({reason}")
     assert "\n" not in said
-    assert record(patched).dense_calls[said] == 4 * BLOCKS
+    assert reasons(record(patched))[said] == 4 * BLOCKS
     assert torch.equal(sample(patched), sparse)
     assert record(patched).sparse_calls == 4 * BLOCKS
     assert_clean(model, patched)
@@ -112,7 +112,7 @@ def test_without_triton_the_run_says_what_to_install(
         monkeypatch.setattr(capability.sys, "platform", platform)
         patched = patch(model, **SPARSE | {"backend": "triton"})
         assert torch.equal(sample(patched), dense)
-        (said,) = record(patched).dense_calls
+        (said,) = reasons(record(patched))
         assert f"Triton is not installed; install the {package} release that fits torch {torch.__version__}" in said
 
 
@@ -227,12 +227,26 @@ def living_bytes() -> int:
 
 def assert_clean(model: Any, patched: Any) -> None:
     """No state, no hook: the model is as it was loaded, and the patch holds a record of plain numbers only."""
+    from psa_pack.nodes.attention_patch import AttentionPatch
+
     assert model.model_options == patched.model_options == {"transformer_options": {}}
     assert not any(model.wrappers.values())
     for module in model.model.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
-    (around_run,) = patched.get_wrappers("outer_sample", "psa_attention")
-    kept = vars(around_run.__self__)
+    kept = vars(AttentionPatch.find(patched))
     assert kept.keys() == {"settings", "last_run", "_report"}
-    assert json.dumps(dataclasses.asdict(kept["last_run"]))  # which takes nothing but text and numbers
+    assert_plain(kept["last_run"])
+
+
+def assert_plain(value: Any) -> None:
+    """Nothing but text and numbers, however deep."""
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, dict):
+        value = (*value, *value.values())
+    if isinstance(value, (tuple, list)):
+        for part in value:
+            assert_plain(part)
+    else:
+        assert value is None or type(value) in (str, int, float, bool), value

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from runs import record
 from tiny_cogvideox import BLOCKS, HEADS, RELEASED, diffusers_model, network_class, sample
 
 pytestmark = pytest.mark.usefixtures("one_thread", "comfyui")
@@ -212,7 +213,7 @@ def test_a_loaded_model_samples_sparse(tmp_path: Path) -> None:
     inputs = {"start_percent": 0.0, "min_tokens": 0, "backend": "reference", "error_weight": 0.0}
     patched = PSAAttentionPatch.execute(model, "balanced", **inputs).args[0]
     assert distance(sample(patched), sample(model)) < 1e-5
-    assert patched.get_wrappers("outer_sample", "psa_attention")[0].__self__.last_run.sparse_calls == 4 * BLOCKS
+    assert record(patched).sparse_calls == 4 * BLOCKS
 
 
 @pytest.mark.usefixtures("cogvideox")
@@ -438,7 +439,7 @@ def test_a_file_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
 def test_an_old_comfyui_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from psa_pack.nodes import load_cogvideox
 
-    monkeypatch.setattr(load_cogvideox, "CogVideoXTransformer3DModel", None)
+    monkeypatch.setattr(load_cogvideox.cogvideox, "KNOWN", ())
     with pytest.raises(RuntimeError, match="this ComfyUI has no CogVideoX of its own"):
         load(tmp_path / "any.safetensors")
 

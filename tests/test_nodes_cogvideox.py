@@ -8,12 +8,13 @@ import pytest
 import torch
 from psa_pack.psa_core import TokenLayout, psa_attention
 from psa_pack.psa_core.config import PSAConfig
-from psa_pack.psa_core.models.cogvideox import COGVIDEOX15_5B, COGVIDEOX_2B, COGVIDEOX_5B, detect_family
+from psa_pack.psa_core.models.cogvideox import COGVIDEOX15_5B, COGVIDEOX_2B, COGVIDEOX_5B, Detected, detect_family
 from psa_pack.psa_core.presets import load_presets
 from psa_pack.psa_core.schedule import Schedule
 from torch import Tensor
 
 from conftest import ROOT
+from runs import reasons, record
 from tiny_cogvideox import BLOCKS, HEADS, TEXT, make_model, make_network, network_class, sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,32 +41,38 @@ def patch(model: Any, preset: str = "balanced", **inputs: Any) -> Any:
     return PSAAttentionPatch.execute(model, preset, **EVERYWHERE, **inputs).args[0]
 
 
-def record(patched: Any) -> Any:
-    return patched.get_wrappers("outer_sample", "psa_attention")[0].__self__.last_run
-
-
 def distance(out: Tensor, reference: Tensor) -> float:
     return float((out - reference).norm() / reference.norm())
 
 
 @pytest.mark.parametrize("family", [COGVIDEOX_5B, COGVIDEOX15_5B], ids=lambda family: family.title)
 def test_a_released_size_is_its_own_family(family: Any) -> None:
-    assert detect_family(family.heads, family.blocks, family.patch_size[0]) == (family, "")
+    assert detect_family(family.heads, family.blocks, family.patch_size[0]) == Detected(family, is_released=True)
 
 
+@pytest.mark.usefixtures("cogvideox")
 def test_2b_takes_the_presets_of_5b_and_says_so() -> None:
-    family, note = detect_family(30, 30, 1)
-    assert (family, family.preset_family) == (COGVIDEOX_2B, "cogvideox_5b")
-    assert note == "CogVideoX-2B has no presets of its own; those of CogVideoX-5B are used"
+    from psa_pack.nodes.models.known import identify
+
+    assert detect_family(30, 30, 1) == Detected(COGVIDEOX_2B, is_released=True)
+    facts = identify(make_network(num_attention_heads=30, num_layers=30, device="meta"))
+    assert facts.preset_family == "cogvideox_5b"
+    assert list(map(str, facts.notes)) == ["CogVideoX-2B has no presets of its own; those of CogVideoX-5B are used"]
 
 
 @pytest.mark.parametrize(
     ("size", "nearest"), [((2, 2, 1), COGVIDEOX_2B), ((40, 42, 1), COGVIDEOX_5B), ((2, 2, 2), COGVIDEOX15_5B)]
 )
 def test_an_unknown_size_goes_to_the_nearest_of_the_same_patch(size: tuple[int, int, int], nearest: Any) -> None:
-    family, note = detect_family(*size)
-    assert family is nearest
-    assert note == (f"no released CogVideoX has {size[0]} heads and {size[1]} blocks; {nearest.title} is the nearest")
+    assert detect_family(*size) == Detected(nearest, is_released=False)
+
+
+@pytest.mark.usefixtures("cogvideox")
+def test_an_unknown_size_is_told() -> None:
+    from psa_pack.nodes.models.known import identify
+
+    (note,) = identify(make_network()).notes
+    assert str(note) == (f"no released CogVideoX has {HEADS} heads and {BLOCKS} blocks; CogVideoX-2B is the nearest")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +107,7 @@ def test_error_weight_zero_is_dense_up_to_rounding(variant: str) -> None:
     patched = patch(model, error_weight=0.0)
     assert distance(sample(patched), sample(model)) < 1e-5
     run = record(patched)
-    assert (run.sparse_calls, run.dense_calls, run.other_calls) == (4 * BLOCKS, {}, 0)
+    assert (run.sparse_calls, reasons(run), run.other_calls) == (4 * BLOCKS, {}, 0)
     assert run.tokens == TEXT + grid[0] * grid[1] * grid[2]
     assert run.density == 1.0
 
@@ -135,11 +142,12 @@ def test_balanced_attends_as_the_reference_backend_does(variant: str) -> None:
 
 def watch(patched: Any) -> list[tuple[Any, ...]]:
     """Sample once; return q, k, v as [B, H, N, D], the dense and the patch's output, and the config of every call."""
+    from psa_pack.nodes.attention_patch import AttentionPatch
     from psa_pack.nodes.override import AttentionOverride
 
     calls = []
     original = AttentionOverride.__call__
-    config = patched.get_wrappers("outer_sample", "psa_attention")[0].__self__.settings.preset.config
+    config = AttentionPatch.find(patched).settings.preset.config
 
     def spy(self: Any, func: Any, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
         out = original(self, func, q, k, v, **kwargs)
@@ -158,14 +166,15 @@ def test_blocks_are_told_apart_by_counting() -> None:
     model = make_model(num_layers=3)
     patched = patch(model, error_weight=1.0, dense_blocks="0, -1")
     sample(patched)
-    assert (record(patched).sparse_calls, record(patched).dense_calls) == (4, {"in dense_blocks": 8})
+    assert (record(patched).sparse_calls, reasons(record(patched))) == (4, {"in dense_blocks": 8})
     everything = patch(model, error_weight=1.0, dense_blocks="0-2")
     assert torch.equal(sample(everything), sample(model))
 
 
 @pytest.mark.usefixtures("cogvideox")
 def test_a_subclass_stays_dense() -> None:
-    from psa_pack.nodes.video_models import UnsupportedModel, identify
+    from psa_pack.nodes.models.known import identify
+    from psa_pack.nodes.models.sequence import UnsupportedModel
 
     network = make_network()
     network.__class__ = type("OtherCogVideoX", (network_class(),), {})

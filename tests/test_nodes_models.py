@@ -16,6 +16,7 @@ from psa_pack.psa_core.schedule import Schedule
 from torch import Tensor
 
 from conftest import ROOT
+from runs import reasons
 from tiny_wan import BLOCKS, DIM, make_network
 
 pytestmark = pytest.mark.usefixtures("one_thread", "comfyui")
@@ -28,8 +29,8 @@ def latent(*shape: int) -> Tensor:
 def watch(network: torch.nn.Module, x: Tensor, **arguments: Any) -> tuple[Any, Tensor]:
     """Run a network; return the sequence as PSA reads it, and the tokens that enter the first block."""
     from comfy.patcher_extension import WrappersMP
+    from psa_pack.nodes.models.known import read_sequence
     from psa_pack.nodes.override import name_arguments
-    from psa_pack.nodes.video_models import read_sequence
 
     read, entered = [], []
 
@@ -232,10 +233,11 @@ def run_patched(
     """One call of a patched network; returns its output and the record of the run."""
     from comfy.patcher_extension import WrappersMP
     from psa_pack.nodes.attention_patch import AttentionPatch
-    from psa_pack.nodes.session import PatchSettings, Session
+    from psa_pack.nodes.gate import PatchSettings
+    from psa_pack.nodes.session import Session
 
     settings = PatchSettings(
-        "test", "", Preset("test", "wan", "", "", config, Schedule()), dense_blocks, "reference", False
+        "test", (), Preset("test", "wan", "", "", config, Schedule()), dense_blocks, "reference", False
     )
     session = Session(settings, lambda percent: 1 - percent, lambda text: None, probe)
     wrapper = AttentionPatch(settings, lambda text: None).around_model_call
@@ -300,19 +302,77 @@ def test_a_variant_of_wan_runs_sparse_with_its_extra_tokens_exact(name: str) -> 
     assert float((sparse - dense).norm() / dense.norm()) > 1e-4
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_cross_attention_is_known_by_its_length(name: str) -> None:
+    """Whatever a block attends to beside its own tokens has a length that the sequence names: a video of that many
+    tokens stays dense, since its own attention could not be told from it."""
+    variant = VARIANTS[name]
+    network = make_network(find_class(variant.cls), **variant.settings)
+    if variant.cls == "AnimateWanModel":
+        network.motion_encoder.get_motion = lambda faces: latent(len(faces), 512)[0]
+    skip_what_this_comfyui_lacks(network, variant)
+    looked_at = set()
+
+    def override(func: Any, q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        looked_at.add(k.shape[2 if kwargs.get("skip_reshape") else 1])
+        return func(q, k, *args, **kwargs)
+
+    arguments = {"x": latent(variant.channels, 3, 16, 18), "context": latent(77, 4096), **variant.arguments()}
+    call(network, variant, {"optimized_attention_override": override})
+    assert looked_at - {variant.layout.tokens} <= read(network, arguments).context_lengths
+
+
+def read(network: torch.nn.Module, arguments: dict[str, Any]) -> Any:
+    from psa_pack.nodes.models.known import read_sequence
+
+    return read_sequence(network, arguments)
+
+
+def test_a_probe_names_blocks_that_calls_do_not(comfyui: Any) -> None:
+    """Where another node skips a block, its place among the calls would name the wrong one."""
+    from comfy.patcher_extension import WrappersMP
+    from psa_pack.nodes.attention_patch import AttentionPatch
+    from psa_pack.nodes.gate import PatchSettings
+    from psa_pack.nodes.probe import Probe
+    from psa_pack.nodes.session import Session
+
+    config = PSAConfig(error_weight=1.0)
+    preset = Preset("test", "wan", "", "", config, Schedule())
+    settings = PatchSettings("test", (), preset, frozenset(), "reference", False)
+    probe = Probe(config, 1.0)
+    session = Session(settings, lambda percent: 1 - percent, lambda lines: None, probe)
+
+    def skip(arguments: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+        return {"img": arguments["img"]}
+
+    options = {
+        "sigmas": torch.tensor([0.5]),
+        "psa_attention": session,
+        "patches_replace": {"dit": {("double_block", 0): skip}},
+        "wrappers": {
+            WrappersMP.DIFFUSION_MODEL: {
+                "psa_attention": [AttentionPatch(settings, lambda lines: None).around_model_call]
+            }
+        },
+    }
+    call(make_network(), VARIANTS["t2v"], options)
+    session.finish("finished")
+    assert [found.block for found in probe.calls] == [1]
+
+
 def test_vace_blocks_are_blocks_of_their_own() -> None:
-    from psa_pack.nodes.video_models import identify
+    from psa_pack.nodes.models.known import identify
 
     variant = VARIANTS["VACE with two controls"]
     network = make_network(find_class(variant.cls), **variant.settings)
     facts = identify(network)
-    assert facts.blocks == BLOCKS + 2
-    assert facts.note.endswith("its VACE blocks count as blocks 2 to 3")
+    assert len(facts.block_order) == BLOCKS + 2
+    assert str(facts.notes[-1]) == "its VACE blocks count as blocks 2 to 3"
     config = PSAConfig(error_weight=1.0)
     # two controls go through a VACE block one after the other
     for dense_blocks, dense_calls in (({0}, 1), ({1}, 1), ({2}, 2), ({3}, 2), ({0, 3}, 3)):
         _, record = run_patched(network, variant, config, frozenset(dense_blocks))
-        assert record.dense_calls == {"in dense_blocks": dense_calls}
+        assert reasons(record) == {"in dense_blocks": dense_calls}
         assert record.sparse_calls == variant.calls - dense_calls
     outputs = [run_patched(network, variant, config, frozenset({block}))[0] for block in range(4)]
     assert not any(torch.equal(a, b) for a, b in combinations(outputs, 2))
@@ -320,14 +380,14 @@ def test_vace_blocks_are_blocks_of_their_own() -> None:
 
 @pytest.mark.parametrize("name", ["VACE", "VACE with two controls", "HuMo"])
 def test_a_probe_names_every_block_and_changes_nothing(name: str) -> None:
+    from psa_pack.nodes.models.known import identify
     from psa_pack.nodes.probe import Probe
-    from psa_pack.nodes.video_models import identify
 
     variant, config = VARIANTS[name], PSAConfig(error_weight=1.0)
     network = make_network(find_class(variant.cls), **variant.settings)
     probe = Probe(config, 1.0)
     out, record = run_patched(network, variant, config, probe=probe)
-    assert {call.block for call in probe.calls} == set(range(identify(network).blocks))
+    assert {call.block for call in probe.calls} == set(range(len(identify(network).block_order)))
     assert len(probe.calls) == record.sparse_calls == variant.calls
     assert torch.equal(out, run_patched(network, variant, config)[0])
 
@@ -343,12 +403,13 @@ def test_blocks_that_get_no_options_stay_dense_with_the_reason() -> None:
         block.register_forward_pre_hook(without_options, with_kwargs=True)
     out, record = run_patched(network, variant, PSAConfig(error_weight=1.0))
     assert torch.equal(out, call(network, variant, {}))
-    assert "does not pass its options on to its blocks" in record.unused_cause
+    assert "does not pass its options on to its blocks" in str(record.unused_cause)
 
 
 def test_a_subclass_is_not_taken_for_its_parent() -> None:
     from comfy.ldm.wan.model import WanModel
-    from psa_pack.nodes.video_models import UnsupportedModel, identify
+    from psa_pack.nodes.models.known import identify
+    from psa_pack.nodes.models.sequence import UnsupportedModel
 
     class WanFork(WanModel):
         pass
@@ -358,30 +419,33 @@ def test_a_subclass_is_not_taken_for_its_parent() -> None:
 
 
 def test_a_flat_latent_is_no_video() -> None:
-    from psa_pack.nodes.video_models import UnsupportedModel, read_sequence
+    from psa_pack.nodes.models.known import read_sequence
+    from psa_pack.nodes.models.sequence import UnsupportedModel
 
     with pytest.raises(UnsupportedModel, match=r"latent has shape \(1, 16, 8, 8\)"):
         read_sequence(make_network(), {"x": latent(16, 8, 8), "context": latent(77, 4096)})
 
 
 def test_a_replaced_forward_function_is_refused() -> None:
-    from psa_pack.nodes.video_models import UnsupportedModel, read_sequence
+    from psa_pack.nodes.models.known import read_sequence
+    from psa_pack.nodes.models.sequence import UnsupportedModel
 
     with pytest.raises(UnsupportedModel, match="another node has given WanModel a forward function"):
         read_sequence(make_network(), {"args": (latent(16, 3, 8, 8),)})
 
 
 def test_a_sampler_that_hides_its_sigma_is_refused() -> None:
-    from psa_pack.nodes.video_models import UnsupportedModel, read_sigma
+    from psa_pack.nodes.models.known import read_sigma
+    from psa_pack.nodes.models.sequence import UnsupportedModel
 
-    assert read_sigma({"sigmas": torch.tensor([0.5, 0.5])}) == 0.5
+    assert read_sigma({"sigmas": torch.tensor([0.5, 0.25])}) == 0.5  # the first video's, as ComfyUI's own nodes take
     with pytest.raises(UnsupportedModel, match="does not tell the model its noise level"):
         read_sigma({})
 
 
 def test_a_compiled_shell_does_not_hide_the_model() -> None:
-    from psa_pack.nodes.video_models import identify
+    from psa_pack.nodes.models.known import identify
 
     facts = identify(torch.compile(make_network(), backend="eager"))
-    assert (facts.preset_family, facts.blocks) == ("wan2.1_1.3b", 2)
-    assert f"width {DIM} and 2 blocks" in facts.note
+    assert (facts.preset_family, len(facts.block_order)) == ("wan2.1_1.3b", 2)
+    assert f"width {DIM} and 2 blocks" in str(facts.notes[0])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from runs import reasons
 
 GRID = (3, 8, 9)
 TOKENS = 3 * 8 * 9
@@ -19,9 +22,10 @@ HEADS = 2
 def call(comfyui: Path) -> Callable[..., tuple[Tensor, Any]]:
     """Calls attention through an override whose session keeps everything exact; returns the output and the record."""
     from comfy.ldm.modules.attention import attention_pytorch
+    from psa_pack.nodes.gate import PatchSettings
+    from psa_pack.nodes.models.sequence import BlockOrder, Stack, VideoSequence
     from psa_pack.nodes.override import AttentionOverride
-    from psa_pack.nodes.session import PatchSettings, Session
-    from psa_pack.nodes.video_models import VideoSequence
+    from psa_pack.nodes.session import Session
     from psa_pack.psa_core import PSAConfig, TokenLayout
     from psa_pack.psa_core.presets import Preset
     from psa_pack.psa_core.schedule import Schedule
@@ -36,10 +40,12 @@ def call(comfyui: Path) -> Callable[..., tuple[Tensor, Any]]:
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
         preset = Preset("exact", "test", "", "", PSAConfig(error_weight=0.0), Schedule())
-        session = Session(PatchSettings("test", "", preset, dense_blocks, "reference", False), lambda p: 1 - p, print)
+        session = Session(PatchSettings("test", (), preset, dense_blocks, "reference", False), lambda p: 1 - p, print)
         layout = TokenLayout(GRID)
         session.begin_model_call(0.5, layout)
-        override = AttentionOverride(session, VideoSequence(layout, frozenset({context})), previous)
+        override = AttentionOverride(
+            session, VideoSequence(layout, frozenset({context}), BlockOrder((Stack("double", 2),))), previous
+        )
         options = {**(options or {}), "optimized_attention_override": override}
         out = attention(*tensors, heads=HEADS, transformer_options=options, **kwargs)
         return out, session.finish("finished")
@@ -107,6 +113,7 @@ def test_other_attention_is_left_alone(call: Callable[..., Any], tensors: tuple[
         ({"mask": torch.zeros(TOKENS, TOKENS)}, "the call has a mask"),
         ({"attn_precision": torch.float64}, "the call asks for attention in torch.float64"),
         ({"window": 3}, "the call has arguments that PSA does not know (window)"),
+        ({"window": False}, "the call has arguments that PSA does not know (window)"),
         ({"context": TOKENS}, "context as long as the video"),
         ({"options": {"block_index": 1}, "dense_blocks": frozenset({1})}, "in dense_blocks"),
         ({"dense_blocks": frozenset({1})}, "in a block that ComfyUI does not name"),
@@ -121,7 +128,7 @@ def test_a_call_that_psa_must_not_take_stays_dense(call: Callable[..., Any], cha
 
     out, record = call(*QKV, previous=previous, **changes)
     assert torch.equal(out, torch.zeros(1))
-    assert [reason in key for key in record.dense_calls] == [True]
+    assert [reason in key for key in reasons(record)] == [True]
     (args, kwargs), arguments = seen[0], {key: changes[key] for key in changes.keys() - _OWN}
     assert all(given is tensor for given, tensor in zip(args, QKV, strict=True))
     assert kwargs.keys() == {"heads", "transformer_options", "_inside_attn_wrapper", *arguments}
@@ -138,7 +145,71 @@ def test_another_block_than_the_dense_ones_goes_sparse(call: Callable[..., Any])
 def test_an_odd_head_dim_stays_dense(call: Callable[..., Any]) -> None:
     tensors = tuple(flat(seed, dim=80) for seed in range(3))
     _, record = call(*tensors)
-    assert record.dense_calls == {"head dim 80 is not one of 64, 128": 1}
+    assert reasons(record) == {"head dim 80 is not one of 64, 128": 1}
+
+
+def test_precision_above_the_inputs_own_stays_dense(call: Callable[..., Any]) -> None:
+    half = tuple(tensor.bfloat16() for tensor in QKV)
+    _, record = call(*half, attn_precision=torch.float32)
+    assert reasons(record) == {"the call asks for attention in torch.float32": 1}
+    _, record = call(*half, attn_precision=torch.bfloat16)
+    assert record.sparse_calls == 1
+
+
+def test_calls_without_a_name_are_told_apart_by_counting(call: Callable[..., Any]) -> None:
+    """So that PSA Report shows a row for each block, whichever way it was computed."""
+
+    def three_times(q: Tensor, k: Tensor, v: Tensor, heads: int, **kwargs: Any) -> Tensor:
+        override = kwargs["transformer_options"]["optimized_attention_override"]
+        for mask in (None, torch.zeros(TOKENS, TOKENS), None):
+            out: Tensor = override(lambda *args, **kwargs: q, q, k, v, heads, mask, **kwargs)
+        return out
+
+    _, record = call(*QKV, attention=three_times)
+    assert [(call.block, call.density is None) for call in record.calls] == [(0, False), (1, True), (2, False)]
+
+
+def test_replacements_of_other_kinds_and_blocks_stay(comfyui: Path) -> None:
+    from psa_pack.nodes.models.sequence import BlockOrder, Stack, VideoSequence
+    from psa_pack.nodes.override import AttentionOverride
+    from psa_pack.psa_core import TokenLayout
+
+    def replacement(arguments: Any, extra: Any) -> Any:
+        return extra["original_block"](arguments)
+
+    dit = {("double_block", 7): replacement, ("single_block", 1): replacement}
+    options = {"patches_replace": {"attn2": {("middle", 0): replacement}, "dit": dit}}
+    before = {kind: dict(entries) for kind, entries in options["patches_replace"].items()}
+    order = BlockOrder((Stack("double", 2, replace_key="double_block"), Stack("side", 1)))
+    sequence = VideoSequence(TokenLayout(GRID), frozenset(), order)
+    session: Any = SimpleNamespace(needs_blocks=True)
+    entries = AttentionOverride(session, sequence, None).entries(options)["patches_replace"]
+    assert entries["attn2"] == before["attn2"]
+    assert {key: entries["dit"][key] for key in dit} == before["dit"]
+    assert entries["dit"].keys() == {*dit, ("double_block", 0), ("double_block", 1)}
+    assert options["patches_replace"] == before
+
+
+def test_two_stacks_that_both_count_from_0_are_told_apart(comfyui: Path) -> None:
+    """As HunyuanVideo's: a call says its stack and its index there, or a replacement tells."""
+    from psa_pack.nodes.models.sequence import Block, BlockOrder, Stack
+
+    order = BlockOrder((Stack("double", 20, "double_block"), Stack("single", 40, "single_block")))
+    assert [order.number(block) for block in order] == list(range(60)) and len(order) == 60
+    for options, block in (
+        ({"block_type": "double", "block_index": 3}, Block("double", 3)),
+        ({"block_type": "single", "block_index": 3}, Block("single", 3)),
+        ({"block_index": 3}, Block("double", 3)),
+        ({"block_type": "refiner", "block_index": 3}, None),
+        ({"block_type": "double", "block_index": 20}, None),
+        ({"block_type": "single"}, None),
+        ({}, None),
+    ):
+        assert order.named_in(options) == block
+    keys = order.by_replace_key()
+    assert len(keys) == 60
+    assert order.number(keys["single_block", 3]) == 23
+    assert order.number(keys["double_block", 3]) == 3
 
 
 def test_tensor_containers_go_to_the_override_that_takes_them(call: Callable[..., Any]) -> None:

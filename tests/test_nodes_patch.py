@@ -16,6 +16,7 @@ from psa_pack.psa_core.presets import Preset
 from psa_pack.psa_core.schedule import BlockList, Schedule
 from torch import Tensor
 
+from runs import reasons, record
 from tiny_wan import BLOCKS, TOKENS, make_model, make_network, sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,11 +40,6 @@ def patch(model: Any, preset: str = "balanced", **inputs: Any) -> Any:
     from psa_pack.nodes.attention_patch import PSAAttentionPatch
 
     return PSAAttentionPatch.execute(model, preset, **inputs).args[0]
-
-
-def record(patched: Any) -> Any:
-    """The record of the latest run of a patched model."""
-    return patched.get_wrappers("outer_sample", "psa_attention")[0].__self__.last_run
 
 
 def distance(out: Tensor, reference: Tensor) -> float:
@@ -87,7 +83,7 @@ def test_off_and_short_videos_change_nothing(model: Any, dense: Tensor) -> None:
     short = patch(model)
     assert torch.equal(sample(short), dense)
     assert record(short).sparse_calls == 0
-    assert "shorter than min_tokens 8192" in record(short).dense_calls
+    assert "shorter than min_tokens 8192" in reasons(record(short))
 
 
 def test_the_model_that_was_patched_is_left_as_it_was(model: Any, dense: Tensor) -> None:
@@ -102,7 +98,7 @@ def test_the_latest_patch_on_a_model_wins(model: Any) -> None:
     twice = patch(patch(model, **SPARSE), **SPARSE, dense_blocks="0")
     sample(twice)
     assert len(twice.get_all_wrappers("diffusion_model")) == 1
-    assert record(twice).dense_calls == {"in dense_blocks": 4}
+    assert reasons(record(twice)) == {"in dense_blocks": 4}
 
 
 # Ten steps at 0, 0.1, ... of the sampling, whatever the shift; one that lies on an edge begins what follows the edge.
@@ -171,7 +167,7 @@ def test_dense_blocks_stay_dense(model: Any, dense: Tensor, blocks: str) -> None
     patched = patch(model, **SPARSE, dense_blocks=blocks)
     out = sample(patched)
     count = len(BlockList.parse(blocks).resolve(BLOCKS))
-    assert record(patched).dense_calls == {"in dense_blocks": 4 * count}
+    assert reasons(record(patched)) == {"in dense_blocks": 4 * count}
     assert record(patched).sparse_calls == 4 * (BLOCKS - count)
     assert torch.equal(out, dense) == (count == BLOCKS)
 
@@ -189,7 +185,7 @@ def test_another_nodes_block_replacement_still_runs(model: Any) -> None:
     patched = patch(replaced, **SPARSE, dense_blocks="0")
     assert torch.equal(sample(patched), plain)
     assert seen == [TOKENS] * 4
-    assert record(patched).dense_calls == {"in dense_blocks": 4}
+    assert reasons(record(patched)) == {"in dense_blocks": 4}
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -305,7 +301,7 @@ def test_a_broken_kernel_turns_the_run_dense_and_says_why_once(
     patched = patch(model, error_weight=0.0, **EVERYWHERE)
     assert distance(sample(patched), dense) < 1e-5
     assert record(patched).sparse_calls == 2
-    assert record(patched).dense_calls == {"because PSA could not run (RuntimeError: the kernel broke)": 4 * BLOCKS - 2}
+    assert reasons(record(patched)) == {"because PSA could not run (RuntimeError: the kernel broke)": 4 * BLOCKS - 2}
     assert [line.levelname for line in caplog.records if "dense for the rest of this run" in line.message] == [
         "WARNING"
     ]
@@ -326,7 +322,7 @@ def test_a_failed_self_check_turns_the_run_dense(model: Any, dense: Tensor, monk
     patched = patch(model, **SPARSE)
     assert torch.equal(sample(patched), dense)
     assert checked == [("cpu", torch.float32, 128, "reference")]
-    assert record(patched).dense_calls == {
+    assert reasons(record(patched)) == {
         "because PSA could not run (the kernel differs from dense attention)": 4 * BLOCKS
     }
 
@@ -337,27 +333,28 @@ def test_a_backend_that_cannot_run_here_leaves_the_run_dense(
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     patched = patch(model, **SPARSE | {"backend": "triton"})
     assert torch.equal(sample(patched), dense)
-    (reason,) = record(patched).dense_calls
+    (reason,) = reasons(record(patched))
     assert "Triton" in reason
 
 
 def test_a_device_that_psa_is_not_made_for_is_named(comfyui: Path) -> None:
-    from psa_pack.nodes.session import PatchSettings, Session
+    from psa_pack.nodes.gate import PatchSettings
+    from psa_pack.nodes.session import Session
     from psa_pack.psa_core import TokenLayout
 
-    session = Session(PatchSettings("t", "", preset(), frozenset(), "auto", False), lambda p: 1 - p, print)
+    session = Session(PatchSettings("t", (), preset(), frozenset(), "auto", False), lambda p: 1 - p, print)
     layout = TokenLayout((1, 4, 4))
     session.begin_model_call(0.5, layout)
     q = torch.empty(1, 2, 16, 64, device="meta")
-    assert session.attend(q, q, q, layout, None, 0, dense=lambda: q) is None
-    (reason,) = session.finish("finished").dense_calls
+    assert session.attend(q, q, q, layout, preset().config, None, 0, dense=lambda: q) is None
+    (reason,) = reasons(session.finish("finished"))
     assert "PSA is made for NVIDIA GPUs; on meta only the backend 'reference' works" in reason
 
 
 def test_on_a_cpu_the_kernels_do_not_run_and_the_run_says_so(model: Any, dense: Tensor) -> None:
     patched = patch(model, **SPARSE | {"backend": "auto"})
     assert torch.equal(sample(patched), dense)
-    (reason,) = record(patched).dense_calls
+    (reason,) = reasons(record(patched))
     assert "PSA is made for NVIDIA GPUs; on cpu only the backend 'reference' works" in reason
 
 
@@ -385,7 +382,7 @@ def test_a_model_whose_attention_was_replaced_is_reported(
     monkeypatch.setattr(wan, "optimized_attention", without_options)
     patched = patch(model, **SPARSE)
     assert torch.equal(sample(patched), dense)
-    assert "another node has probably replaced the model's attention functions" in record(patched).unused_cause
+    assert "another node has probably replaced the model's attention functions" in str(record(patched).unused_cause)
 
 
 def test_a_run_that_calls_no_model_says_so(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +390,7 @@ def test_a_run_that_calls_no_model_says_so(model: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr(network, "forward", lambda x, *args, **kwargs: torch.zeros_like(x))
     patched = patch(model, **SPARSE)
     sample(patched)
-    assert "not called through ComfyUI's diffusion model wrappers" in record(patched).unused_cause
+    assert "not called through ComfyUI's diffusion model wrappers" in str(record(patched).unused_cause)
 
 
 def test_the_log_has_one_line_per_run_and_one_per_step_if_asked(model: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -432,14 +429,14 @@ def test_a_custom_preset_wins(model: Any) -> None:
     patched = patch(model, "fast", custom_preset=preset(dense_blocks=BlockList.parse("-1")), backend="reference")
     sample(patched)
     assert record(patched).title == "my_family mine"
-    assert record(patched).dense_calls == {"in dense_blocks": 4}
+    assert reasons(record(patched)) == {"in dense_blocks": 4}
 
 
 def test_the_nodes_values_win_over_a_custom_preset(model: Any) -> None:
     mine = preset(start_percent=0.5, end_percent=0.6, min_tokens=10**6, dense_blocks=BlockList.parse("0"))
     patched = patch(model, custom_preset=mine, **SPARSE, end_percent=1.0, dense_blocks="-1")
     sample(patched)
-    assert record(patched).dense_calls == {"in dense_blocks": 4}
+    assert reasons(record(patched)) == {"in dense_blocks": 4}
     assert record(patched).sparse_calls == 4
 
 
@@ -487,8 +484,8 @@ def test_nested_runs_do_not_see_each_others_sessions(model: Any) -> None:
     outer_source.model_options["transformer_options"][OVERRIDE] = sample_inside
     outer = patch(outer_source, **SPARSE)
     sample(outer)
-    assert (record(outer).sparse_calls, record(outer).dense_calls) == (4 * BLOCKS, {})
-    assert record(inner).dense_calls == {"in dense_blocks": 4}
+    assert (record(outer).sparse_calls, reasons(record(outer))) == (4 * BLOCKS, {})
+    assert reasons(record(inner)) == {"in dense_blocks": 4}
     assert torch.equal(done[0], sample(inner))
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from psa_pack.psa_core.models.wan import WAN22_5B
 
-from test_nodes_patch import EVERYWHERE, SPARSE, distance, patch, record
+from runs import record
+from test_nodes_patch import EVERYWHERE, SPARSE, distance, patch
 from tiny_wan import BLOCKS, LATENT, TOKENS, make_model, sample
 
 pytestmark = pytest.mark.usefixtures("one_thread", "comfyui")

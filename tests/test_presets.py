@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from psa_pack.psa_core.config import PSAConfig
 from psa_pack.psa_core.models import cogvideox
-from psa_pack.psa_core.models.wan import FAMILIES, detect_family
+from psa_pack.psa_core.models.wan import FAMILIES, WAN21_1_3B, WAN21_14B, WAN22_A14B, Detected, detect_family
 from psa_pack.psa_core.presets import (
     MAX_FILE_BYTES,
     Preset,
@@ -395,18 +395,13 @@ def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family.preset_family != "wan2.2_a14b"])
 def test_a_released_size_is_its_own_family(family) -> None:
-    found, _ = detect_family(family.dim, family.blocks, family.out_channels)
-    assert found is family
+    assert detect_family(family.dim, family.blocks, family.out_channels).family is family
 
 
-def test_a14b_is_taken_for_14b_and_the_user_is_told() -> None:
-    family, note = detect_family(5120, 40, 16)
-    assert family.preset_family == "wan2.1_14b"
-    assert "Wan 2.2 A14B has the same architecture" in note
-    assert detect_family(1536, 30, 16)[1] == ""
+def test_a14b_is_taken_for_14b_with_both_named() -> None:
+    assert detect_family(5120, 40, 16) == Detected(WAN21_14B, others=(WAN22_A14B,))
+    assert detect_family(1536, 30, 16) == Detected(WAN21_1_3B)
 
 
 def test_an_unknown_size_goes_to_the_nearest_width() -> None:
-    family, note = detect_family(256, 2, 16)
-    assert family.preset_family == "wan2.1_1.3b"
-    assert note == "no released Wan has width 256 and 2 blocks; Wan 2.1 1.3B is the nearest"
+    assert detect_family(256, 2, 16) == Detected(WAN21_1_3B, is_released=False)

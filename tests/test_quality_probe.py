@@ -20,6 +20,7 @@ from psa_pack.psa_core.presets import Preset, dump_preset, parse_presets
 from psa_pack.psa_core.schedule import BlockList, Schedule
 from torch import Tensor
 
+from runs import record
 from tiny_wan import LATENT, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -116,9 +117,11 @@ def test_the_errors_are_those_of_the_calls(model: Any, monkeypatch: pytest.Monke
     seen, made = [], []
     attend = Session.attend
 
-    def recorded(self: Any, q: Tensor, k: Tensor, v: Tensor, layout: Any, scale: Any, block: int, dense: Any) -> Any:
-        out = attend(self, q, k, v, layout, scale, block, dense)
-        seen.append((self._steps, block, q.clone(), k.clone(), v.clone(), layout, out.clone()))
+    def recorded(
+        self: Any, q: Tensor, k: Tensor, v: Tensor, layout: Any, config: Any, scale: Any, block: int, dense: Any
+    ) -> Any:
+        out = attend(self, q, k, v, layout, config, scale, block, dense)
+        seen.append((self._tally.step.number, block, q.clone(), k.clone(), v.clone(), layout, out.clone()))
         return out
 
     class Kept(quality_probe.Probe):  # type: ignore[misc]
@@ -261,7 +264,7 @@ def test_comparisons_that_fail_cost_themselves_only(model: Any) -> None:
     assert len(calls) == STEPS * BLOCKS
     assert "8 of 16 sparse calls were compared" in report
     assert "4 comparisons were given up for want of memory." in report
-    assert "4 comparisons were given up after RuntimeError: something else." in report
+    assert "4 comparisons were given up after RuntimeError: something else in several lines." in report
 
 
 def test_errors_that_are_no_numbers_are_left_out_and_said(model: Any) -> None:
@@ -301,11 +304,13 @@ def test_a_comparison_that_never_gives_a_number_suggests_nothing(model: Any) -> 
     ],
 )
 def test_where_nothing_is_sparse_the_report_says_why(model: Any, changes: dict[str, Any], said: str) -> None:
+    from psa_pack.nodes.attention_patch import AttentionPatch
+
     patched = patch(model, **SPARSE | changes)
     out, report, preset = probe(patched)
     assert torch.equal(out, ksample(patched))
     assert "No attention call was sparse" in report and said in report
-    assert preset == patched.get_wrappers("outer_sample", "psa_attention")[0].__self__.settings.preset
+    assert preset == AttentionPatch.find(patched).settings.preset
 
 
 def test_a_sampler_with_no_step_to_take_says_so(model: Any) -> None:
@@ -351,8 +356,7 @@ def test_the_users_model_is_left_as_it_was(model: Any, probes: list[Any]) -> Non
     assert patched.model_options == {"transformer_options": {}}
     gc.collect()
     assert [made() for made in probes] == [None]
-    session = patched.get_wrappers("outer_sample", "psa_attention")[0].__self__
-    assert session.last_run.outcome == "finished"  # for whoever reports on the run of this patch
+    assert record(patched).outcome == "finished"  # for whoever reports on the run of this patch
 
 
 def test_an_interrupted_probe_leaves_nothing(model: Any, probes: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -463,13 +467,13 @@ def test_an_error_that_falls_by_chance_does_not_turn_the_curve_around(comfyui: P
 def test_dense_blocks_are_written_as_the_patch_takes_them(
     comfyui: Path, given: str, added: tuple[int, ...], text: str
 ) -> None:
+    from psa_pack.nodes.gate import PatchSettings
     from psa_pack.nodes.quality_probe import dense_blocks_text, suggested_preset
-    from psa_pack.nodes.session import PatchSettings
     from psa_pack.nodes.suggestion import Suggestion
 
     blocks = BlockList.parse(given)
     preset = Preset("mine", "own", "", "", PSAConfig(error_weight=0.1), Schedule(dense_blocks=blocks))
-    settings = PatchSettings("own mine", "", preset, blocks.resolve(40), "auto", False)
+    settings = PatchSettings("own mine", (), preset, blocks.resolve(40), "auto", False)
     suggestion = Suggestion(0.02, added, 0.04, 0.2)
     assert dense_blocks_text(settings, suggestion) == text
     made = suggested_preset(settings, suggestion, 0.04)
@@ -480,26 +484,27 @@ def test_dense_blocks_are_written_as_the_patch_takes_them(
     assert len(long.name) == 64 and long.name.endswith("n-probed")
 
 
-def reports() -> Iterator[str]:
+def reports() -> Iterator[list[Any]]:
     """A report for everything that the node can have to say."""
+    from psa_pack.nodes.gate import PatchSettings
     from psa_pack.nodes.probe import Probe
     from psa_pack.nodes.quality_probe import describe
     from psa_pack.nodes.run_record import CallRecord, RunRecord
-    from psa_pack.nodes.session import PatchSettings
     from psa_pack.nodes.suggestion import suggest
+    from psa_pack.nodes.words import Words
 
     ranked = {"selection": "topk", "levels": (1, "skip"), "ranges": ((0, 0.5), (0.5, 1))}
     sparse = tuple(CallRecord(0, block, 20, 1, 0.1, 0.2, (1, 0)) for block in range(13))
-    record = RunRecord("own mine", "finished", 1.0, 4, 4, 13, {}, "", 0, 0.2, 20, "reference", "", (1, "block"), sparse)
-    unused = dataclasses.replace(record, sparse_calls=0, calls=())
+    run = RunRecord("own mine", "finished", 1.0, 4, 4, 13, {}, "", 0, 0.2, 20, "reference", None, (1, "block"), sparse)
+    unused = dataclasses.replace(run, sparse_calls=0, calls=())
 
-    def report(config: PSAConfig, calls: Any, wanted: float, run: Any = record, **found: Any) -> str:
+    def report(config: PSAConfig, calls: Any, wanted: float, run: Any = run, **found: Any) -> list[Any]:
         probe = Probe(config, 0.1)
         probe.calls = calls
         for name, value in found.items():
             setattr(probe, name, value)
         preset = Preset("mine", "own", "", "", config, Schedule())
-        settings = PatchSettings("own mine", "", preset, frozenset(), "auto", False)
+        settings = PatchSettings("own mine", (), preset, frozenset(), "auto", False)
         weights = tuple(variant.error_weight for variant in probe.configs)
         return describe(probe, settings, run, suggest(calls, weights, wanted) if calls else None, wanted)
 
@@ -510,28 +515,24 @@ def reports() -> Iterator[str]:
     yield report(PSAConfig(error_weight=0.0), alike, 0.2)
     single = [dataclasses.replace(call, errors=call.errors[:1], densities=call.densities[:1]) for call in alike]
     yield report(PSAConfig(**ranked), single, 0.2)
-    yield report(usual, alike, 0.2, dropped=Counter({"for want of memory": 2}), not_finite=3, dense_not_finite=1)
+    yield report(usual, alike, 0.2, dropped=Counter({Words.of("no_memory"): 2}), not_finite=3, dense_not_finite=1)
     yield report(usual, [], 0.2, run=None)
     yield report(usual, [], 0.2, run=unused)
     yield report(usual, [], 0.2, not_finite=1)
     yield report(usual, [], 0.2)
 
 
-def test_every_sentence_is_in_the_table(comfyui: Path) -> None:
-    from psa_pack.nodes.translations import CHINESE, translated
+def test_every_sentence_has_its_chinese(comfyui: Path) -> None:
+    from psa_pack.nodes.quality_probe import beginning, in_words
 
-    english = "\n".join(reports())
-    chinese = translated(english, "zh")
-    said = [
-        (line, other)
-        for line, other in zip(english.split("\n"), chinese.split("\n"), strict=True)
-        if line and "|" not in line and not re.match(r"(error_weight|dense_blocks): [\d, -.]+$", line)
-    ]
-    assert len(said) > 40
-    assert [line for line, other in said if line == other] == []
-    # and nothing in the table that is never said
-    begin = list(CHINESE).index("PSA Quality Probe: {}")
-    end = next(place for place, template in enumerate(CHINESE) if template == "{} frames:")
-    for template in list(CHINESE)[begin:end]:
-        if template != "for want of memory":
-            assert any(re.fullmatch(re.escape(template).replace(r"\{\}", ".+"), line) for line, _ in said), template
+    said = set()
+    for report in reports():
+        lines = [line for part in report if not isinstance(part, str) for line in part]
+        said |= {line.key for line in lines}
+        assert set(beginning(report)) <= set(lines)
+        for language in ("en", "zh"):
+            text = in_words(report, language)
+            assert [line.say(language) for line in lines if line.say(language) not in text] == []
+        for line in lines:
+            assert line.say("zh") != line.say("en") or line.key in ("weight_value", "blocks_value"), line
+    assert len(said) > 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,6 +52,7 @@ def call(step: int, block: int, density: float | None, seconds: float = 0.01, **
 
 def run_of(calls: list[Any], **changes: Any) -> Any:
     from psa_pack.nodes.run_record import RunRecord
+    from psa_pack.nodes.words import Words
 
     sparse = [entry.density for entry in calls if entry.density is not None]
     values: dict[str, Any] = {
@@ -60,17 +62,26 @@ def run_of(calls: list[Any], **changes: Any) -> Any:
         "steps": 1 + max((entry.step for entry in calls), default=-1),
         "sparse_steps": len({entry.step for entry in calls if entry.density is not None}),
         "sparse_calls": len(sparse),
-        "dense_calls": {"in dense_blocks": len(calls) - len(sparse)} if len(sparse) < len(calls) else {},
+        "dense_calls": {Words.of("dense_block"): len(calls) - len(sparse)} if len(sparse) < len(calls) else {},
         "dense_attention": "",
         "other_calls": 0,
         "density": float(np.mean(sparse)) if sparse else None,
         "tokens": 96,
         "backend": "triton" if sparse else "",
-        "unused_cause": "",
+        "unused_cause": None,
         "levels": (1, "block"),
         "calls": tuple(calls),
     }
-    return RunRecord(**values | changes)
+    values |= changes
+    values["dense_calls"] = {sentence(reason): count for reason, count in values["dense_calls"].items()}
+    return RunRecord(**values)
+
+
+def sentence(text: Any) -> Any:
+    """A text as a sentence of its own; a sentence as it is."""
+    from psa_pack.nodes.words import Words
+
+    return Words.of("said", text=text) if isinstance(text, str) else text
 
 
 def grid(blocks: int, steps: int, dense_steps: int, seconds: float = 0.01) -> list[Any]:
@@ -114,11 +125,11 @@ def test_the_dense_estimate_takes_calls_of_the_same_size(comfyui: Path) -> None:
 
 
 def test_text_tells_the_same(comfyui: Path) -> None:
-    from psa_pack.nodes.report import report_text
+    from psa_pack.nodes.report import report_lines
     from psa_pack.nodes.run_facts import RunFacts
 
     run = run_of([call(0, 0, None, 0.3), call(0, 1, None, 0.3), call(1, 0, 0.2, 0.1), call(1, 1, 0.4, 0.1)])
-    assert report_text(run, RunFacts.of(run)).split("\n") == [
+    assert list(map(str, report_lines(run, RunFacts.of(run)))) == [
         "PSA wan2.1_14b balanced",
         "attention 3.0x faster",
         "1 of 2 steps sparse",
@@ -134,19 +145,33 @@ def test_text_tells_the_same(comfyui: Path) -> None:
         "finished after 12.5 s",
     ]
     run = run_of(grid(2, 3, 0))
-    assert "the sparse calls if dense: no estimate, as no dense call like 6 of them was timed" in report_text(
-        run, RunFacts.of(run)
+    assert "the sparse calls if dense: no estimate, as no dense call like 6 of them was timed" in map(
+        str, report_lines(run, RunFacts.of(run))
     )
 
 
 def test_every_line_of_the_text_has_its_chinese(comfyui: Path) -> None:
-    from psa_pack.nodes.report import _NO_RUN, _UNPATCHED, report_text
+    from psa_pack.nodes.report import _NO_RUN, _UNPATCHED, report_lines
     from psa_pack.nodes.run_facts import RunFacts
-    from psa_pack.nodes.translations import translated
 
-    texts = [report_text(run, RunFacts.of(run)) for run in (run_of(grid(2, 4, 2)), run_of(grid(2, 3, 0)))]
-    for line in "\n".join([*texts, *_NO_RUN, *_UNPATCHED]).split("\n"):
-        assert translated(line, "zh") != line or line.startswith("PSA "), line
+    lines = [*_NO_RUN, *_UNPATCHED]
+    for run in (run_of(grid(2, 4, 2)), run_of(grid(2, 3, 0))):
+        lines += report_lines(run, RunFacts.of(run))
+    assert len(lines) > 20
+    for line in lines:
+        assert line.say("zh") != line.say("en") or line.key == "title", line
+
+
+def test_the_history_holds_the_run_as_numbers(model: Any, report: Callable[..., Any]) -> None:
+    """What a program that queued the workflow reads, as the demo does."""
+    patched = patch(model)
+    out = report({"samples": sample(patched)}, patched)
+    (run,) = json.loads(json.dumps(out.ui["psa_run"]))
+    wanted = {"outcome": "finished", "steps": 4, "sparse_steps": 2, "sparse_calls": 4, "backend": "reference"}
+    assert run.items() >= wanted.items()
+    assert run["dense_calls"] == {"before start_percent 0.5": 4}
+    assert 0 < run["density"] < 1
+    assert report({}, model).ui["psa_run"] == []
 
 
 # The picture
@@ -163,7 +188,7 @@ RUNS: dict[str, Callable[[], Any]] = {
         grid(3, 4, 1), dense_calls={f"reason {i} " + "very long " * 40: i for i in range(9)}
     ),
     "failed": lambda: run_of([], outcome="failed", steps=4, sparse_calls=9, dense_calls={"in dense_blocks": 3}),
-    "failed at once": lambda: run_of([], outcome="failed", unused_cause="the model was not called"),
+    "failed at once": lambda: run_of([], outcome="failed", unused_cause=sentence("the model was not called")),
     "interrupted": lambda: run_of(grid(3, 4, 1), outcome="interrupted"),
     "other letters": lambda: run_of(grid(2, 2, 1), dense_calls={"because PSA could not run (内存不足)": 2}),
     "a long word": lambda: run_of(grid(2, 2, 1), dense_calls={"x" * 300: 1, "y" * 5000: 1}),
@@ -241,7 +266,7 @@ def test_the_latent_passes_and_the_run_is_told(model: Any, report: Callable[...,
         assert (picture.mean() < 0.5) == (theme == "dark")
         assert "2 of 4 steps sparse\n" in text and f"sparse calls: 2, dense: {4 * BLOCKS - 2}\n" in text
         assert "dense: 4 before start_percent 0.5\ndense: 2 in dense_blocks\n" in text
-        (shown,) = out.ui.as_dict()["images"]
+        (shown,) = out.ui["images"]
         assert shown["type"] == "temp"
 
 
@@ -302,9 +327,9 @@ def test_an_unknown_theme_is_refused(model: Any, report: Callable[..., Any]) -> 
 
 def test_recording_and_drawing_cost_next_to_nothing(comfyui: Path) -> None:
     """Under 0.5 % of the fastest measured step, Wan 2.1 1.3B in 0.49 s; best of several, since the machine is busy."""
-    from psa_pack.nodes.pending_calls import PendingCall, Stopwatch, read_calls
     from psa_pack.nodes.report_picture import draw_run
     from psa_pack.nodes.run_facts import RunFacts
+    from psa_pack.nodes.tally import PendingCall, Stopwatch, read_calls
     from psa_pack.psa_core.attention import PSAStats
 
     steps, blocks, step_seconds = 50, 30, 0.49

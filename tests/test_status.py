@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 from aiohttp import web
 from psa_pack.psa_core import PSAConfig, TokenLayout, capability
-from psa_pack.psa_core.models import cogvideox, wan
+from psa_pack.psa_core.backends import BackendUnavailable
 from psa_pack.psa_core.presets import Preset
 from psa_pack.psa_core.schedule import Schedule
 
@@ -32,10 +33,11 @@ def _comfyui(comfyui: Path) -> None:
 def session(
     dense_blocks: frozenset[int] = frozenset(), sigma: float | None = 0.5, backend: str = "auto", **schedule: Any
 ) -> Any:
-    from psa_pack.nodes.session import PatchSettings, Session
+    from psa_pack.nodes.gate import PatchSettings
+    from psa_pack.nodes.session import Session
 
     preset = Preset("p", "f", "", "", PSAConfig(error_weight=0.0), Schedule(**schedule))
-    running = Session(PatchSettings("f p", "", preset, dense_blocks, backend, False), lambda p: 1 - p, lambda _: None)
+    running = Session(PatchSettings("f p", (), preset, dense_blocks, backend, False), lambda p: 1 - p, lambda _: None)
     if sigma is not None:
         running.begin_model_call(sigma, LAYOUT)
     return running
@@ -43,6 +45,7 @@ def session(
 
 def record(**changes: Any) -> Any:
     from psa_pack.nodes.run_record import CallRecord, RunRecord
+    from psa_pack.nodes.words import Words
 
     dense, sparse = CallRecord(0, 0, 20, 1, 0.03, None, ()), CallRecord(1, 0, 20, 1, 0.01, 0.25, (1, 3))
     values: dict[str, Any] = {
@@ -52,23 +55,27 @@ def record(**changes: Any) -> Any:
         "steps": 20,
         "sparse_steps": 14,
         "sparse_calls": 42,
-        "dense_calls": {"before start_percent 0.3": 18},
+        "dense_calls": {Words.of("before_start", percent=0.3): 18},
         "dense_attention": "",
         "other_calls": 60,
         "density": 0.507,
         "tokens": 1920,
         "backend": "triton",
-        "unused_cause": "",
+        "unused_cause": None,
         "levels": (1, "block"),
         "calls": (dense, sparse),
     }
     return RunRecord(**values | changes)
 
 
+def said(run: Any) -> list[str]:
+    return [str(line) for line in run.summary()]
+
+
 def test_a_run_in_short_lines() -> None:
     from psa_pack.nodes.status import COLUMNS
 
-    lines = record().summary()
+    lines = said(record())
     assert lines == [
         "attention 3.0x faster",
         "14 of 20 steps sparse",
@@ -81,15 +88,19 @@ def test_a_run_in_short_lines() -> None:
 
 
 def test_the_main_reason_stands_for_several() -> None:
-    reasons = {"before start_percent 0.3": 18, "in dense_blocks": 28}
-    lines = record(dense_calls=reasons, outcome="interrupted").summary()
+    from psa_pack.nodes.words import Words
+
+    reasons = {Words.of("before_start", percent=0.3): 18, Words.of("dense_block"): 28}
+    lines = said(record(dense_calls=reasons, outcome="interrupted"))
     assert lines[-3:] == ["dense calls: 46, most of them", "in dense_blocks", "interrupted after 8.4 s"]
 
 
 def test_a_run_without_psa_says_the_cause() -> None:
-    lines = record(unused_cause="no attention call came by", density=None, calls=(), dense_calls={}).summary()
-    assert lines == ["not used:", "no attention call came by", "finished after 8.4 s"]
-    dense = record(density=None, calls=(), sparse_steps=0).summary()
+    from psa_pack.nodes.words import Words
+
+    lines = said(record(unused_cause=Words.of("no_sigma"), density=None, calls=(), dense_calls={}))
+    assert lines == ["not used:", "the sampler does not tell the model its noise level", "finished after 8.4 s"]
+    dense = said(record(density=None, calls=(), sparse_steps=0))
     assert dense[:2] == ["0 of 20 steps sparse", "dense calls: 18"]
 
 
@@ -107,9 +118,8 @@ def test_a_run_without_psa_says_the_cause() -> None:
 def test_speed_in_words(dense: float | None, sparse: float, said: str) -> None:
     from psa_pack.nodes.run_record import CallRecord, compared_with_dense
 
-    assert (
-        compared_with_dense([CallRecord(0, 0, 9, 1, dense, None, ()), CallRecord(1, 0, 9, 1, sparse, 0.5, ())]) == said
-    )
+    calls = [CallRecord(0, 0, 9, 1, dense, None, ()), CallRecord(1, 0, 9, 1, sparse, 0.5, ())]
+    assert [str(line) for line in compared_with_dense(calls)] == [said] * bool(said)
 
 
 def test_a_batch_of_two_is_not_compared_with_one() -> None:
@@ -151,7 +161,9 @@ def test_the_setting_wins_over_the_browser(one_user: Callable[[str], int]) -> No
     assert language() == language(browser("en-US")) == "zh"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '"zh"', '{"Comfy.Locale": 3}', '{"Other": "zh"}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", '"zh"', '{"Comfy.Locale": 3}', '{"Other": "zh"}', "[" * 10**5]
+)
 def test_settings_that_say_nothing_mean_english(one_user: Callable[[str], int], content: str) -> None:
     one_user(content)
     assert language() == "en"
@@ -167,6 +179,8 @@ def test_settings_that_say_nothing_mean_english(one_user: Callable[[str], int], 
         SimpleNamespace(client_id="tab", sockets={"tab": object()}),
         SimpleNamespace(client_id="tab", sockets={"tab": SimpleNamespace(_req=None)}),
         browser(""),
+        SimpleNamespace(client_id=[], sockets={}),
+        SimpleNamespace(client_id="tab", sockets=["tab"]),
     ],
 )
 def test_a_server_that_says_nothing_means_english(user_folder: Path, server: Any) -> None:
@@ -215,34 +229,78 @@ def test_a_real_socket_tells_its_browsers_language(user_folder: Path) -> None:
 # The translation
 
 
-def fields(template: str) -> int:
-    return sum(name is not None for _, name, _, _ in Formatter().parse(template))
+def fields(template: str) -> set[tuple[str, str]]:
+    """What a sentence has room for; how several are joined is each language's own."""
+    parts = ((name, form or "") for _, name, form, _ in Formatter().parse(template) if name is not None)
+    return {(name, form if re.search("[a-z%]", form) and " " not in form else "") for name, form in parts}
 
 
-def test_every_chinese_text_has_what_the_english_has() -> None:
-    from psa_pack.nodes.translations import CHINESE as TABLE
+def test_every_chinese_sentence_has_what_the_english_has() -> None:
+    from psa_pack.nodes.words import SENTENCES
 
-    for english, chinese in TABLE.items():
-        assert CHINESE.search(chinese), english
-        assert fields(english) == fields(chinese), english
+    for english, chinese in SENTENCES.values():
+        assert english == "{english}" or fields(english) == fields(chinese), english
 
 
-def test_a_text_is_translated_line_by_line_and_its_parts_too() -> None:
-    from psa_pack.nodes.translations import translated
+def test_a_sentence_is_said_in_either_language_and_its_parts_too() -> None:
+    from psa_pack.nodes.words import Words, say_lines
 
-    english = "PSA f p\nstep 3: dense\nbecause PSA could not run (Triton kernels run on CUDA devices, not on mps)\nOh!"
-    assert translated(english, "zh-CN") == (
-        "PSA f p\n第 3 步：稠密\nPSA 无法运行（Triton 内核在 CUDA 设备上运行，不在 mps 上）\nOh!"
+    failure = Words.of_error(backend_error())
+    lines = [Words.of("step_dense", step=3), Words.of("could_not_run", failure=failure), Words.of("said", text="Oh!")]
+    assert say_lines(lines, "zh-CN") == (
+        "第 3 步：稠密\nPSA 无法运行（PSA 为 NVIDIA 显卡而作；在 mps 上只有后端 reference 可用，很慢）\nOh!"
     )
-    assert translated("14 of 20 steps sparse", "zh") == "20 步中 14 步稀疏"
+    assert Words.of("steps_sparse", sparse=14, steps=20).say("zh") == "20 步中 14 步稀疏"
+    english = (
+        "step 3: dense\nbecause PSA could not run (PSA is made for NVIDIA GPUs; on mps only the backend 'reference' "
+        "works, slowly)\nOh!"
+    )
     for other in ("en", "de", "", "zhx"):
-        assert translated(english, other) == english
+        assert say_lines(lines, other) == english
 
 
-def reasons(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def backend_error() -> Exception:
+    return BackendUnavailable(capability.Reason("only_reference", {"device": "mps"}))
+
+
+def test_every_reason_of_the_core_has_a_sentence() -> None:
+    from psa_pack.nodes.words import SENTENCES
+
+    assert {f"cannot_run.{code}" for code in capability.REASONS} <= SENTENCES.keys()
+
+
+def test_a_sentence_is_plain_data() -> None:
+    from psa_pack.nodes.words import Words
+
+    class Silent:
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    words = Words.of("unknown_arguments", names=("window", torch.float64, Silent()))
+    assert hash(words) == hash(Words.of("unknown_arguments", names=("window", "torch.float64", "Silent")))
+    assert str(words) == "the call has arguments that PSA does not know (window, torch.float64, Silent)"
+    assert pickle.loads(pickle.dumps(words)) == words
+    assert Words.of("said", text="a\udc80b").say() == "a\\udc80b"
+
+
+def test_an_error_of_the_core_is_said_by_its_code_where_there_is_a_sentence() -> None:
+    from psa_pack.nodes.words import SENTENCES, Words
+
+    class Coded(RuntimeError):
+        code, values = "for_the_test", {"device": "mps"}
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(SENTENCES, "cannot_run.for_the_test", ("{english}", "{device} 不行"))
+        words = Words.of_error(Coded("not on mps"))
+        assert (words.say("en"), words.say("zh")) == ("not on mps", "mps 不行")
+    assert Words.of_error(Coded("not on mps")).say("zh") == "not on mps"
+
+
+def reasons() -> Iterator[Any]:
     """What the code says when something keeps it from going sparse, or wants to be known."""
+    from psa_pack.nodes.models.known import identify, read_sigma
+    from psa_pack.nodes.models.sequence import UnsupportedModel
     from psa_pack.nodes.override import AttentionCall
-    from psa_pack.nodes.video_models import UnsupportedModel, identify, read_sigma
 
     for running, block in (
         (session(start_percent=0.6), None),
@@ -251,56 +309,60 @@ def reasons(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         (session(frozenset({0}), start_percent=0), None),
         (session(frozenset({0}), start_percent=0), 0),
     ):
-        yield str(running.dense_reason(LAYOUT, block))
+        yield running.admit(LAYOUT, block)
     failing = session(start_percent=0)
     q = torch.empty(1, 2, 20, 64, device="meta")
-    assert failing.attend(q, q, q, LAYOUT, None, 0, dense=lambda: q) is None
-    yield str(failing.dense_reason(LAYOUT, None))
+    assert failing.attend(q, q, q, LAYOUT, PSAConfig(error_weight=0.0), None, 0, dense=lambda: q) is None
+    yield failing.admit(LAYOUT, None)
     flat, odd = torch.empty(1, 20, 128), torch.empty(1, 20, 96)
     for call in (
         AttentionCall.read(flat, flat, flat, 2, mask=flat),
         AttentionCall.read(flat, flat, flat, 2, attn_precision=torch.float64),
         AttentionCall.read(flat, flat, flat, 2, window=3),
         AttentionCall.read(odd, odd, odd, 1),
+        AttentionCall.read(flat, flat.clone().requires_grad_(), flat, 2),
     ):
         assert call is not None
-        yield str(call.unsupported_reason())
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    yield str(capability.reason_against("triton", torch.device("cpu"), torch.float64, 64))
-    yield str(capability.reason_against("triton", torch.device("cpu"), torch.float32, 64))
-    with monkeypatch.context() as without:
-        without.setattr(capability, "find_spec", lambda name: None)
-        yield str(capability.reason_against("triton", torch.device("cpu"), torch.float32, 64))
+        yield call.unsupported_reason()
     with pytest.raises(UnsupportedModel) as unknown:
         identify(torch.nn.Linear(1, 1))
-    yield str(unknown.value)
+    yield unknown.value.words
     with pytest.raises(UnsupportedModel) as silent:
         read_sigma({})
-    yield str(silent.value)
+    yield silent.value.words
     yield session(sigma=None).finish("finished").unused_cause
     yield session().finish("finished").unused_cause
     other = session()
     other.count_other()
     yield other.finish("finished").unused_cause
-    yield wan.detect_family(256, 2, 16)[1]
-    yield wan.detect_family(5120, 40, 16)[1]
-    yield cogvideox.detect_family(30, 30, 1)[1]
-    yield cogvideox.detect_family(2, 2, 1)[1]
+    yield from notes_of(1000, 3)
+    yield from notes_of(5120, 40)
 
 
-def test_every_reason_and_note_is_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    from psa_pack.nodes.translations import translated
+def notes_of(dim: int, blocks: int) -> tuple[Any, ...]:
+    """What is noted about a Wan of that size."""
+    from psa_pack.nodes.models import wan
 
-    said = list(reasons(monkeypatch))
-    assert len(set(said)) == 22
-    assert [text for text in said if not CHINESE.search(translated(text, "zh"))] == []
+    notes: tuple[Any, ...] = wan.facts(SimpleNamespace(dim=dim, out_dim=16, blocks=range(blocks))).notes
+    return notes
 
 
-def test_every_line_of_a_run_is_in_the_table() -> None:
-    from psa_pack.nodes.translations import translated
+def test_every_reason_and_note_is_said_in_chinese() -> None:
+    from psa_pack.nodes.words import Words
 
-    for run in (record(), record(outcome="failed"), record(outcome="interrupted", unused_cause="in dense_blocks")):
-        assert [line for line in run.summary() if not CHINESE.search(translated(line, "zh"))] == []
+    found = list(reasons())
+    assert all(isinstance(words, Words) for words in found)
+    assert len({str(words) for words in found}) == 18
+    assert [words for words in found if not CHINESE.search(words.say("zh"))] == []
+
+
+def test_every_line_of_a_run_is_said_in_chinese() -> None:
+    from psa_pack.nodes.words import Words
+
+    unused = Words.of("no_call")
+    for run in (record(), record(outcome="failed"), record(outcome="interrupted", unused_cause=unused)):
+        lines = [*run.summary(), run.in_one_line()]
+        assert [line for line in lines if not CHINESE.search(line.say("zh"))] == []
 
 
 # The width

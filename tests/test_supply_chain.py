@@ -23,6 +23,7 @@ import comfy.cli_args
 comfy.cli_args.args.cpu = True
 import comfy.sample, comfy_api.latest, folder_paths, torch
 from pack import load_pack
+from runs import record
 from tiny_wan import make_model, sample
 
 model, loop, seen = make_model(), asyncio.new_event_loop(), []
@@ -47,7 +48,7 @@ preset = nodes["PSAPreset"].execute("mine", base=preset, min_tokens=0, save=Fals
 patched = nodes["PSAAttentionPatch"].execute(
     model, "balanced", custom_preset=preset, start_percent=0.0, backend="reference").args[0]
 sample(patched)
-assert patched.get_wrappers("outer_sample", "psa_attention")[0].__self__.last_run.sparse_calls == 8
+assert record(patched).sparse_calls == 8
 print(seen)
 """
 # Likewise; what Python's libraries and ComfyUI read of their own is theirs.

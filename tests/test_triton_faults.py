@@ -33,7 +33,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.errors import OutOfResources
 from psa_pack.psa_core.backends import reference
-from test_nodes_patch import SPARSE, patch, record
+from runs import record
+from test_nodes_patch import SPARSE, patch
 from tiny_wan import make_model, sample
 
 @triton.jit

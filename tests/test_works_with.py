@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from test_nodes_patch import EVERYWHERE, OVERRIDE, SPARSE, distance, patch, record
+from runs import record
+from test_nodes_patch import EVERYWHERE, OVERRIDE, SPARSE, distance, patch
 from tiny_wan import BLOCKS, DIM, TOKENS, make_model, make_network, sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")

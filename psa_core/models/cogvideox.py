@@ -1,4 +1,4 @@
-"""CogVideoX: what tells the models apart, and their official sampling settings."""
+"""CogVideoX: what tells the models apart, and the positions that some of them have as a table."""
 
 from __future__ import annotations
 
@@ -28,9 +28,6 @@ class CogVideoXFamily:
         heads: Attention heads of 64 dimensions each.
         blocks: Number of transformer blocks.
         patch_size: Latent frames, rows and columns that become one token.
-        in_channels: Channels that go in: text to video, image to video where there is one.
-        vae_stride: Frames, rows and columns of video that become one latent position.
-        official_steps: Sampling steps of the official inference code.
     """
 
     preset_family: str
@@ -38,19 +35,29 @@ class CogVideoXFamily:
     heads: int
     blocks: int
     patch_size: tuple[int, int, int]
-    in_channels: tuple[int, ...]
-    vae_stride: tuple[int, int, int] = (4, 8, 8)
-    official_steps: int = 50
 
 
-COGVIDEOX_2B = CogVideoXFamily("cogvideox_5b", "CogVideoX-2B", 30, 30, (1, 2, 2), (16,))
-COGVIDEOX_5B = CogVideoXFamily("cogvideox_5b", "CogVideoX-5B", 48, 42, (1, 2, 2), (16, 32))
-COGVIDEOX15_5B = CogVideoXFamily("cogvideox1.5_5b", "CogVideoX1.5-5B", 48, 42, (2, 2, 2), (16, 32))
+COGVIDEOX_2B = CogVideoXFamily("cogvideox_5b", "CogVideoX-2B", 30, 30, (1, 2, 2))
+COGVIDEOX_5B = CogVideoXFamily("cogvideox_5b", "CogVideoX-5B", 48, 42, (1, 2, 2))
+COGVIDEOX15_5B = CogVideoXFamily("cogvideox1.5_5b", "CogVideoX1.5-5B", 48, 42, (2, 2, 2))
 
 FAMILIES = (COGVIDEOX_2B, COGVIDEOX_5B, COGVIDEOX15_5B)
 
 
-def detect_family(heads: int, blocks: int, patch_frames: int) -> tuple[CogVideoXFamily, str]:
+@dataclass(frozen=True)
+class Detected:
+    """What a size of CogVideoX is taken for.
+
+    Args:
+        family: The family of that size, else the one of the same patch and the nearest width.
+        is_released: Whether anyone has released a CogVideoX of that size.
+    """
+
+    family: CogVideoXFamily
+    is_released: bool
+
+
+def detect_family(heads: int, blocks: int, patch_frames: int) -> Detected:
     """Find the family of a CogVideoX model by its size.
 
     Input channels do not count: fine-tunes add control and mask channels of their own.
@@ -59,16 +66,8 @@ def detect_family(heads: int, blocks: int, patch_frames: int) -> tuple[CogVideoX
         heads: Attention heads.
         blocks: Number of transformer blocks.
         patch_frames: Latent frames that become one token: 1 before CogVideoX1.5, 2 from there on.
-
-    Returns:
-        The family, and a note for the user where its presets were made for another size (empty otherwise). A size
-        that nobody released goes to the family of the same patch and the nearest width.
     """
     same_patch = [family for family in FAMILIES if family.patch_size[0] == patch_frames] or list(FAMILIES)
     nearest = min(same_patch, key=lambda family: abs(math.log(family.heads / heads)))
-    if (nearest.heads, nearest.blocks, nearest.patch_size[0]) != (heads, blocks, patch_frames):
-        note = f"no released CogVideoX has {heads} heads and {blocks} blocks; {nearest.title} is the nearest"
-        return nearest, note
-    if nearest is COGVIDEOX_2B:
-        return nearest, f"{nearest.title} has no presets of its own; those of {COGVIDEOX_5B.title} are used"
-    return nearest, ""
+    size = (nearest.heads, nearest.blocks, nearest.patch_size[0])
+    return Detected(nearest, is_released=size == (heads, blocks, patch_frames))
