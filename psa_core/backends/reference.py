@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import PSAConfig
+from ..grouping import rearrange, sort_by_content
 from ..importance import (
     BLOCK_BIAS_CLAMP,
     LEVEL_BIAS_CLAMP,
@@ -29,6 +30,7 @@ class Prepared:
         config: The call's settings.
         scale: Softmax scale.
         k: Keys as they came ``[B, H, N, D]``.
+        places: Which place of the table's each place of a key block holds ``[B, H, blocks, size]``; None for its own.
         queries: Queries in blocks ``[B, H, query blocks, size, D]``.
         query_squares: Mean over a block's rows of q squared ``[B, H, query blocks, D]``, fp64.
         pyramid: One entry per level of the config that is not skip, level 1 first; level 1 is there in any case.
@@ -40,6 +42,7 @@ class Prepared:
     config: PSAConfig
     scale: float
     k: Tensor
+    places: Tensor | None
     queries: Tensor
     query_squares: Tensor
     pyramid: tuple[Pooled, ...]
@@ -59,12 +62,16 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, order: TokenOrder, config: PSAConfi
     queries = gather_blocks(q.double(), order.queries)
     keys = gather_blocks(centre_keys(k.double()), order.keys)
     values = gather_blocks(v.double(), order.keys)
+    places = sort_by_content(keys, order.keys) if config.group_keys else None
+    if places is not None:
+        keys, values = rearrange(keys, places), rearrange(values, places)
     sizes = sorted({1, *config.group_sizes})
     return Prepared(
         order=order,
         config=config,
         scale=scale,
         k=k,
+        places=places,
         queries=queries,
         query_squares=queries.square().sum(3) / order.queries.counts.double()[:, None],
         pyramid=tuple(pool_blocks(keys, values, order.keys, size) for size in sizes),

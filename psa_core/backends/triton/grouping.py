@@ -66,6 +66,6 @@ def sort_by_content(k: Tensor, table: BlockTable) -> Tensor:
     _sort_kernel[(batch * heads, table.blocks)](
         k, table.tokens, result, *head_strides(k), heads, places, full_video_blocks(table),
         KEY_BLOCK=table.size, HEAD_DIM=head_dim, LEVELS=table.size.bit_length() - 2,
-        PRECISION="ieee" if k.dtype == torch.float32 else "tf32", num_warps=4,
+        PRECISION="ieee" if k.dtype == torch.float32 else "tf32", num_warps=8 if table.size == 128 else 4,
     )  # fmt: skip
     return result

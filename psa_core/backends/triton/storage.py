@@ -20,6 +20,7 @@ ROWS_PER_MEAN = 512
 # turns into a multiple of 16 or 1, which nothing gains from: so the self-check compiles for all sizes to come.
 SIZES = (
     "heads", "tokens", "query_blocks", "key_blocks", "video_rows", "video_keys", "last_count", "pyramid_rows", "pooled",
+    "places", "full_blocks",
 )  # fmt: skip
 
 
@@ -109,11 +110,12 @@ def workspace_bytes_per_head(q: Tensor, order: TokenOrder, config: PSAConfig) ->
     head_dim, keys, queries = q.shape[-1], order.keys, order.queries
     pyramid = 2 * PyramidRows.of(order, config).total * head_dim * Plan.of(q, order).rows_dtype.itemsize
     statistics = 4 * (4 * keys.blocks * (head_dim + 1) + queries.blocks * head_dim)
+    tokens = 4 * keys.blocks * keys.size if config.group_keys else 0
     sums = 4 * head_dim * -(-q.shape[2] // ROWS_PER_MEAN)
     pairs = queries.blocks * (
         pair_pitch(keys.blocks) * (4 + 1 + 4) + list_pitch(keys.video_blocks) * (4 + 4) + 4 * COUNTS.value
     )
-    return pyramid + statistics + sums + pairs
+    return pyramid + statistics + tokens + sums + pairs
 
 
 def pair_pitch(key_blocks: int) -> int:
