@@ -34,6 +34,8 @@ class PSAConfig:
         similarity_caps: For ``topk`` and ``threshold``: one ``(level, least similarity)`` per pooled level, from fine
             to coarse. A key block is pooled no coarser than the coarsest of these levels at which the cosine of a
             group's first and last key is, in the mean over its groups, above that; None for no such limit.
+        group_keys: Sort the keys of every block by content before they are averaged, so that what is averaged is
+            alike. Not together with ``similarity_caps``, which look at neighbours in the curve's order.
         variance_term: Add the clamped second-order term to pooled logits.
         order: Curve along which video tokens are laid out before they are cut into blocks.
         tile: Extent ``(t, h, w)`` in tokens of a tile, for ``order="tile"`` only (4x4x4 when not given).
@@ -54,6 +56,7 @@ class PSAConfig:
     error_weight: float | None = None
     ranges: tuple[tuple[float, float], ...] | None = None
     similarity_caps: tuple[tuple[int, float], ...] | None = None
+    group_keys: bool = False
     variance_term: bool = True
     order: Order = "gilbert"
     tile: tuple[int, int, int] | None = None
@@ -68,8 +71,9 @@ class PSAConfig:
         _one_of("query_block", self.query_block, QUERY_BLOCKS)
         _one_of("key_block", self.key_block, KEY_BLOCKS)
         _one_of("importance_stride", self.importance_stride, IMPORTANCE_STRIDES)
-        if not isinstance(self.variance_term, bool):
-            raise ValueError(f"variance_term: {self.variance_term!r} is not true or false")
+        for name in ("group_keys", "variance_term"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not true or false")
         if not _is_int(self.workspace_mib) or self.workspace_mib < 1:
             raise ValueError(f"workspace_mib: {self.workspace_mib!r} is not a whole number of MiB from 1 up")
         self._check_levels()
@@ -151,6 +155,8 @@ class PSAConfig:
         caps = self.similarity_caps
         if caps is None:
             return
+        if self.group_keys:
+            raise ValueError("group_keys: True does not go with similarity_caps, which look at neighbours on the curve")
         if 1 not in self.levels or "block" in self.levels:
             raise ValueError(f"levels: {self.levels!r}; similarity_caps need level 1 and do not know 'block'")
         pooled = tuple(level for level in self.levels if level in POOLED_LEVELS[1:])

@@ -23,6 +23,8 @@ THRESHOLD = PSAConfig(
     ranges=((0, 0.3), (0.3, 0.5), (0.5, 0.7), (0.7, 0.9), (0.9, 1.0)),
 )
 
+GROUPED = dataclasses.replace(MIXED, group_keys=True)
+
 CAPPED = dataclasses.replace(THRESHOLD, similarity_caps=((2, 0.35), (4, 0.4), (8, 0.45)))
 """Similarities at which random inputs reach every limit."""
 
@@ -60,11 +62,11 @@ def attend_row_by_row(
         codes: Level codes ``[B, H, query blocks, key blocks]``.
     """
     out = torch.full_like(q, math.nan)
-    tokens_q, tokens_k = (table.tokens.view(-1, table.size).tolist() for table in (order.queries, order.keys))
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             keys = k[b, h] - k[b, h].mean(0)
-            for i, rows in enumerate(tokens_q):
+            tokens_k = key_places(keys, order.keys, config)
+            for i, rows in enumerate(_places(order.queries)):
                 rows = [token for token in rows if token >= 0]
                 squares = q[b, h, rows].square().mean(0)
                 means, logs, values = [], [], []
@@ -84,6 +86,30 @@ def attend_row_by_row(
                     weights = torch.softmax(torch.tensor(logits, dtype=torch.float64), dim=0)
                     out[b, h, row] = weights @ torch.stack(values)
     return out
+
+
+def key_places(keys: Tensor, table: BlockTable, config: PSAConfig) -> list[list[int]]:
+    """Tokens at the places of every key block of one head ``[N, D]``: in order of content where the config says so."""
+    blocks = _places(table)
+    if not config.group_keys:
+        return blocks
+    return [
+        _split(keys, places) if j < table.video_blocks and min(places) >= 0 else places
+        for j, places in enumerate(blocks)
+    ]
+
+
+def _split(keys: Tensor, tokens: list[int]) -> list[int]:
+    if len(tokens) == 2:
+        return tokens
+    centred = keys[tokens] - keys[tokens].mean(0)
+    direction = centred[0]
+    for _ in range(2):
+        direction = sum(key * float(key @ direction) for key in centred)
+        direction = direction / float(direction.norm()) if direction.any() else direction
+    along = [float(key @ direction) for key in centred]
+    order = [tokens[i] for i in sorted(range(len(tokens)), key=along.__getitem__)]
+    return _split(keys, order[: len(tokens) // 2]) + _split(keys, order[len(tokens) // 2 :])
 
 
 def _groups(places: list[int], size: int) -> list[list[int]]:
@@ -135,7 +161,7 @@ def choose_pair_by_pair(
             for j, codes in enumerate(_rank(importance[i, :video_keys].tolist(), config)):
                 chosen[i][j] = codes
             continue
-        for j, places in enumerate(_places(order.keys)[:video_keys]):
+        for j, places in enumerate(key_places(keys, order.keys, config)[:video_keys]):
             tokens, scores = sum(token >= 0 for token in places), {}
             for size in config.group_sizes:
                 groups = _groups(places, size)

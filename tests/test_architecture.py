@@ -37,9 +37,10 @@ ARROWS = {
     "levels": {"config"},
     "ordering": {"config", "curves", "layout"},
     "pooling": set(),
+    "grouping": {"ordering"},
     "backends": {"capability", "config", "ordering"},
-    "backends.reference": {"config", "importance", "levels", "ordering", "pooling"},
-    "backends.triton": {"config", "ordering", "importance", "levels"},
+    "backends.reference": {"config", "grouping", "importance", "levels", "ordering", "pooling"},
+    "backends.triton": {"config", "grouping", "ordering", "importance", "levels"},
     "attention": {"backends", "capability", "config", "layout", "ordering"},
     "self_check": {"attention", "backends", "config", "layout", "ordering"},
     "synthetic": set(),
@@ -47,6 +48,7 @@ ARROWS = {
 }
 # What the Triton backend shares with the reference: a rank needs a sort, which torch has, and a clamp has one home.
 SHARED_WITH_TRITON = {
+    "grouping": {"full_video_blocks"},
     "levels": {"cap_levels", "select_by_rank"},
     "importance": {"BLOCK_BIAS_CLAMP", "LEVEL_BIAS_CLAMP"},
 }
@@ -71,14 +73,15 @@ NODE_ARROWS = {
     "override": {"models.sequence", "session", "shared_by_copies", "words"},
     "status": {"words"},
     "preset_loader": set(),
-    "preset": {"preset_loader"},
+    "schedule_inputs": set(),
+    "preset": {"preset_loader", "schedule_inputs"},
     "attention_patch": {
-        *("gate", "models.known", "models.sequence", "override", "preset_loader", "run_record", "session"),
-        *("shared_by_copies", "status", "words"),
+        *("gate", "models.known", "models.sequence", "override", "preset_loader", "run_record"),
+        *("schedule_inputs", "session", "shared_by_copies", "status", "words"),
     },
     "suggestion": {"probe"},
     "quality_probe": {
-        *("attention_patch", "gate", "preset", "preset_loader", "probe", "run_record", "status", "suggestion", "words"),
+        *("attention_patch", "gate", "preset_loader", "probe", "run_record", "status", "suggestion", "words"),
     },
     "run_facts": {"run_record"},
     "report_picture": {"run_facts", "run_record", "words"},

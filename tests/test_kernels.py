@@ -20,6 +20,7 @@ from torch import Tensor
 
 from oracle import (
     CAPPED,
+    GROUPED,
     MIXED,
     THRESHOLD,
     TOPK,
@@ -66,6 +67,9 @@ CASES: dict[str, tuple[TokenLayout, PSAConfig, int]] = {
     "topk with skip": (TokenLayout((3, 9, 15)), TOPK, 64),
     "topk, small blocks": (TokenLayout((3, 9, 11)), dataclasses.replace(TOPK, **SMALL), 64),
     "threshold with skip, text": (TokenLayout((3, 9, 11), video_start=5), THRESHOLD, 64),
+    "keys in order of content": (TokenLayout((3, 9, 11), video_start=5), GROUPED, 64),
+    "the same in small blocks": (TokenLayout((3, 9, 11)), dataclasses.replace(GROUPED, **SMALL), 128),
+    "the same in large blocks": (TokenLayout((3, 9, 15)), dataclasses.replace(GROUPED, key_block=128), 64),
     "capped by similarity": (TokenLayout((3, 9, 11), video_start=5), CAPPED, 64),
 }
 
@@ -110,9 +114,11 @@ def test_each_step_is_the_references(layout: TokenLayout, config: PSAConfig, hea
     unavoidable = rounding_error(*host, host_order, config, scale, codes)
     video = codes[:, :, : order.queries.video_blocks, : order.keys.video_blocks]
 
-    prepared = triton.prepare(q, k, v, order, config, scale)
+    host_prepared = reference.prepare(*(x.double() for x in host), host_order, config, scale)
+    # Which of two keys lies further along a direction is a matter of rounding: the order is the reference's.
+    prepared = triton.prepare_given(q, k, v, order, config, scale, reference_places(host_prepared).to(DEVICE))
     importance = triton.importance(prepared)
-    expected = reference.importance(reference.prepare(*(x.double() for x in host), host_order, config, scale))
+    expected = reference.importance(host_prepared)
     assert relative_error(importance, expected) < 2e-3
     torch.testing.assert_close(importance.sum(-1).cpu(), torch.ones(importance.shape[:-1]), rtol=1e-4, atol=1e-4)
 
@@ -122,7 +128,6 @@ def test_each_step_is_the_references(layout: TokenLayout, config: PSAConfig, hea
     assert_as_exact_as(out, exact, unavoidable)
 
     counted = [x.cpu() for x in triton.count(prepared, given)]
-    host_prepared = reference.prepare(*(x.double() for x in host), host_order, config, scale)
     density, pairs = reference.count(host_prepared, codes)
     torch.testing.assert_close(counted[0], density)
     assert torch.equal(counted[1], pairs)
@@ -131,6 +136,43 @@ def test_each_step_is_the_references(layout: TokenLayout, config: PSAConfig, hea
     # near ties may fall either way, no more than a pair in fifty
     assert (own_pairs.cpu() - pairs).abs().sum() <= 2 + pairs.sum() // 25
     torch.testing.assert_close(own_density.cpu(), density, rtol=0.03, atol=0.003)
+
+
+def reference_places(prepared: reference.Prepared) -> Tensor:
+    """Token at every key place, for each head where the reference has sorted them."""
+    keys = prepared.order.keys
+    if prepared.key_order is None:
+        return keys.tokens
+    tokens = keys.tokens.view(keys.blocks, keys.size).expand(prepared.key_order.shape)
+    return tokens.gather(3, prepared.key_order.long()).flatten(0, 1).flatten(1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("key_block", [32, 64, 128])
+def test_keys_are_in_the_references_order(key_block: int, head_dim: int, dtype: torch.dtype) -> None:
+    layout, config = TokenLayout((3, 9, 15), video_start=5), dataclasses.replace(GROUPED, key_block=key_block)
+    q, k, v = low_precision(random_inputs(layout, head_dim), dtype)
+    order, host_order = plan(layout, config, DEVICE), plan(layout, config)
+    host = tuple(x.cpu().double() for x in (q, k, v))
+    expected = reference_places(reference.prepare(*host, host_order, config, 0.1)).view(2, -1, key_block)
+    actual = triton_backend().sort_by_content(k, order.keys).cpu().view(2, -1, key_block)
+    assert torch.equal(actual.sort(-1).values, expected.sort(-1).values)  # whatever the order, it is one
+    exact = slice(host_order.keys.video_blocks, None)
+    assert torch.equal(actual[:, exact], expected[:, exact])
+    pairs = [places.unflatten(-1, (-1, 2)).sort(-1).values for places in (actual, expected)]
+    # a key may fall to the other side of a split where rounding decides
+    assert (pairs[0] == pairs[1]).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 0.0])
+def test_keys_without_an_order_keep_all_their_places(poison: float) -> None:
+    layout = TokenLayout((2, 8, 8))
+    _, k, _ = low_precision(random_inputs(layout, 64), torch.float32)
+    k[:, :, 3:90] = poison
+    order = plan(layout, GROUPED, DEVICE)
+    places = triton_backend().sort_by_content(k, order.keys).cpu().view(-1, 64)
+    assert torch.equal(places.sort(-1).values, order.keys.tokens.cpu().view(-1, 64).sort(-1).values.repeat(2, 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -72,7 +72,7 @@ def configs(draw: st.DrawFn, selections: tuple[str, ...] = ("error", "topk", "th
     coarse.sort(key=[2, 4, 8, "block"].index)
     if selection == "error":
         weight = draw(st.sampled_from([0.0, 1e-4, 0.01, 0.1, 0.3, 1.0, 1e6]))
-        return PSAConfig(levels=(1, *coarse), error_weight=weight, **common)
+        return PSAConfig(levels=(1, *coarse), error_weight=weight, group_keys=draw(st.booleans()), **common)
     first = draw(st.sampled_from([(), (1,)])) or (() if coarse else (1,))
     levels = (*first, *coarse, *draw(st.sampled_from([(), ("skip",)])))
     inner = draw(st.lists(st.integers(1, 99), min_size=len(levels) - 1, max_size=len(levels) - 1, unique=True))
@@ -81,7 +81,8 @@ def configs(draw: st.DrawFn, selections: tuple[str, ...] = ("error", "topk", "th
     if levels[0] == 1 and "block" not in levels and draw(st.booleans()):
         caps = tuple((level, draw(st.floats(-1, 1))) for level in levels if level in (2, 4, 8))
     ranges = tuple(itertools.pairwise(edges))
-    return PSAConfig(levels=levels, ranges=ranges, similarity_caps=caps or None, **common)
+    grouped = not caps and draw(st.booleans())
+    return PSAConfig(levels=levels, ranges=ranges, similarity_caps=caps or None, group_keys=grouped, **common)
 
 
 @given(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from oracle import (
     CAPPED,
+    GROUPED,
     MIXED,
     THRESHOLD,
     TOPK,
@@ -38,7 +39,9 @@ SMALL_BLOCKS = {"query_block": 64, "key_block": 32}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("config", [MIXED, TOPK, THRESHOLD, CAPPED], ids=["error", "topk", "threshold", "capped"])
+@pytest.mark.parametrize(
+    "config", [MIXED, GROUPED, TOPK, THRESHOLD, CAPPED], ids=["error", "grouped", "topk", "threshold", "capped"]
+)
 def test_attention_is_the_loops(layout: TokenLayout, config: PSAConfig) -> None:
     config = dataclasses.replace(config, **SMALL_BLOCKS)
     q, k, v = random_inputs(layout, 64, batch=2, heads=1)
@@ -57,12 +60,12 @@ def test_the_cases_above_use_every_level() -> None:
         assert stats.level_pairs.sum(dim=(0, 1)).min() > 0, config.selection
 
 
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_weight_zero_is_dense(layout: TokenLayout) -> None:
+def test_weight_zero_is_dense(layout: TokenLayout, grouped: bool) -> None:
     q, k, v = random_inputs(layout, 128)
-    actual, stats = psa_attention(
-        q, k, v, layout=layout, config=PSAConfig(error_weight=0.0), backend="reference", stats=True
-    )
+    config = PSAConfig(error_weight=0.0, group_keys=grouped)
+    actual, stats = psa_attention(q, k, v, layout=layout, config=config, backend="reference", stats=True)
     assert relative_error(actual, dense_attention(q, k, v)) < 1e-12
     torch.testing.assert_close(stats.density, torch.ones_like(stats.density))
 

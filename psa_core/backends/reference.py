@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import PSAConfig
+from ..grouping import full_video_blocks, rearrange, sort_by_content
 from ..importance import (
     BLOCK_BIAS_CLAMP,
     LEVEL_BIAS_CLAMP,
@@ -37,6 +38,8 @@ class Prepared:
         scale: Softmax scale.
         q: Queries as they came ``[B, H, N, D]``.
         k: Keys as they came, likewise.
+        key_order: Which of its block's places each key place gets its key from ``[B, H, blocks, size]``, uint8; None
+            where keys stay in the order of the table.
         query_squares: Mean over a block's rows of q squared ``[B, H, query blocks, D]``, fp64.
         pyramid: One entry per level of the config that is not skip, level 1 first; level 1 is there in any case. Rows
             are in the precision in which they are attended to, statistics in fp64.
@@ -49,6 +52,7 @@ class Prepared:
     scale: float
     q: Tensor
     k: Tensor
+    key_order: Tensor | None
     query_squares: Tensor
     pyramid: tuple[Pooled, ...]
     whole: Pooled
@@ -62,6 +66,7 @@ def workspace_bytes_per_head(q: Tensor, order: TokenOrder, config: PSAConfig) ->
     exact = 2 * places * head_dim * _precision(q.dtype).itemsize
     pyramid = sum(exact // size for size in _sizes(config))
     statistics = 8 * ((len(_sizes(config)) + 3) * keys.blocks * (head_dim + 1) + rows.blocks * head_dim + 3 * places)
+    statistics += 2 * places * config.group_keys
     pairs = 8 * rows.blocks * keys.blocks
     in_parts = max(
         _elements_at_a_time(keys.blocks, _elements_to_pool(keys, head_dim)),
@@ -80,10 +85,14 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, order: TokenOrder, config: PSAConfi
     """Order, centre and pool ``[B, H, N, D]`` keys and values; queries stay where they are."""
     centre, precision = mean_key(k), _precision(q.dtype)
     parts: dict[int, list[Pooled]] = {size: [] for size in _sizes(config)}
-    whole, power = [], []
+    whole, power, key_orders = [], [], []
     for blocks in _parts(order.keys.blocks, _elements_to_pool(order.keys, q.shape[-1])):
         places = _places(order.keys)[blocks]
         keys, values = gather_blocks(k, places, centre), gather_blocks(v, places)
+        if config.group_keys:
+            key_order = sort_by_content(keys, full_video_blocks(order.keys) - blocks.start)
+            keys, values = rearrange(keys, key_order), rearrange(values, key_order)
+            key_orders.append(key_order.byte())
         power.append(values.square().sum(dim=(2, 3, 4)))
         whole.append(pool_blocks(keys, values, places, order.keys.size))
         for size in _sizes(config):
@@ -98,6 +107,7 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, order: TokenOrder, config: PSAConfi
         scale=scale,
         q=q,
         k=k,
+        key_order=torch.cat(key_orders, dim=2) if config.group_keys else None,
         query_squares=torch.cat(squares, dim=2) / order.queries.counts.double()[:, None],
         pyramid=tuple(join_blocks(parts.pop(size)) for size in _sizes(config)),
         whole=join_blocks(whole),
@@ -196,10 +206,10 @@ def _attend_block(prepared: Prepared, codes: Tensor, block: tuple[int, int, int]
     tokens = _places(table)[i, : int(table.counts[i])].long()
     keys, values, biases = zip(*_selected_rows(prepared, codes, block, dtype), strict=True)
     groups = [len(bias) for bias in biases]
-    for part in tokens.split(max(1, PART // max(sum(groups), 1))):
+    for part in torch.split(tokens, max(1, PART // max(sum(groups), 1))):
         queries = (prepared.scale * prepared.q[b, h, part].double()).to(dtype)  # unscaled, fp32 overflows sooner
         logits = [queries @ level.T + bias for level, bias in zip(keys, biases, strict=True)]
-        weights = torch.softmax(torch.cat(logits, dim=-1), dim=-1).split(groups, dim=-1)
+        weights = torch.split(torch.softmax(torch.cat(logits, dim=-1), dim=-1), groups, dim=-1)
         sums = [weight @ level for weight, level in zip(weights, values, strict=True)]
         out[b, h, part] = torch.stack(sums).sum(0).to(out.dtype)
 

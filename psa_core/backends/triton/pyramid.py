@@ -1,5 +1,7 @@
 """One pass over keys and values: order, centre, pool and take variances; and one over queries for their squares.
 
+Every head may have an order of its own inside its key blocks (grouping.py); keys and values follow it alike.
+
 Programs of neighbouring heads are launched side by side: in ComfyUI's memory layout they read neighbouring addresses.
 """
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from ...config import PSAConfig
 from ...ordering import BlockTable, TokenOrder
+from .grouping import sort_by_content
 from .plan import Plan
 from .storage import ROWS_PER_MEAN, SIZES, Prepared, PyramidRows, empty, head_strides
 
@@ -83,7 +86,7 @@ def _store_variance(variance_ptr, at, spread, tokens, HEAD_DIM: tl.constexpr, IS
 @triton.jit(do_not_specialize=SIZES)
 def _pyramid_kernel(
     x_ptr, mean_ptr, tokens_ptr, rows_ptr, variance_ptr, power_ptr,
-    stride_b, stride_h, stride_n, stride_d, heads, key_blocks, video_keys, pyramid_rows,
+    stride_b, stride_h, stride_n, stride_d, heads, places, key_blocks, video_keys, pyramid_rows,
     KEY_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, POOLED: tl.constexpr, IS_KEY: tl.constexpr,
 ):  # fmt: skip
     # The block is held as eight tiles of every eighth place, so that neighbours merge without moving between threads.
@@ -92,6 +95,7 @@ def _pyramid_kernel(
     first_row = key_blocks * KEY_BLOCK
     offs_d = tl.arange(0, HEAD_DIM)
     x_ptr += (z // heads) * stride_b + (z % heads) * stride_h
+    tokens_ptr += z * places
     rows_ptr += z * pyramid_rows * HEAD_DIM
     mean = tl.zeros([HEAD_DIM], tl.float32)
     if IS_KEY:
@@ -162,10 +166,18 @@ def _query_squares_kernel(
 
 def prepare(q: Tensor, k: Tensor, v: Tensor, order: TokenOrder, config: PSAConfig, scale: float) -> Prepared:
     """Order, centre and pool ``[B, H, N, D]`` keys and values; queries stay where they are."""
+    key_tokens = sort_by_content(k, order.keys) if config.group_keys else order.keys.tokens
+    return prepare_given(q, k, v, order, config, scale, key_tokens)
+
+
+def prepare_given(
+    q: Tensor, k: Tensor, v: Tensor, order: TokenOrder, config: PSAConfig, scale: float, key_tokens: Tensor
+) -> Prepared:
+    """The same with the token at every key place known ``[places]``, or for each head ``[Z, places]``, int32."""
     plan, rows = Plan.of(q, order), PyramidRows.of(order, config)
     mean = _mean_key(k)
-    keys, key_variance, _ = _build_pyramid(k, mean, order.keys, rows, plan)
-    values, value_variance, power = _build_pyramid(v, None, order.keys, rows, plan)
+    keys, key_variance, _ = _build_pyramid(k, mean, key_tokens, order.keys, rows, plan)
+    values, value_variance, power = _build_pyramid(v, None, key_tokens, order.keys, rows, plan)
     return Prepared(
         q=q,
         k=k,
@@ -195,7 +207,7 @@ def _mean_key(k: Tensor) -> Tensor:
 
 
 def _build_pyramid(
-    x: Tensor, mean: Tensor | None, table: BlockTable, rows: PyramidRows, plan: Plan
+    x: Tensor, mean: Tensor | None, tokens: Tensor, table: BlockTable, rows: PyramidRows, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of every level, their variances, and of values (no mean given) the sum of squares of every block."""
     batch, heads, _, head_dim = x.shape
@@ -204,8 +216,9 @@ def _build_pyramid(
     variance = empty(x, z, 4, table.blocks, *([head_dim] if is_key else []), dtype=torch.float32)
     power = empty(x, z, table.blocks, dtype=torch.float32)
     _pyramid_kernel[(z, table.blocks)](
-        x, mean, table.tokens, pyramid, variance, power,
-        *head_strides(x), heads, table.blocks, table.video_blocks, rows.total,
+        x, mean, tokens, pyramid, variance, power,
+        *head_strides(x), heads, tokens.stride(0) if tokens.dim() == 2 else 0,
+        table.blocks, table.video_blocks, rows.total,
         KEY_BLOCK=table.size, HEAD_DIM=head_dim, POOLED=rows.pooled, IS_KEY=is_key, num_warps=2,
     )  # fmt: skip
     return pyramid, variance, power

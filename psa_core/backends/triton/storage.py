@@ -24,6 +24,7 @@ SORTED_IN_PLACE = 4096
 # turns into a multiple of 16 or 1, which nothing gains from: so the self-check compiles for all sizes to come.
 SIZES = (
     "heads", "tokens", "query_blocks", "key_blocks", "video_rows", "video_keys", "last_count", "pyramid_rows", "pooled",
+    "places", "full_blocks",
 )  # fmt: skip
 
 
@@ -113,12 +114,13 @@ def workspace_bytes_per_head(q: Tensor, order: TokenOrder, config: PSAConfig) ->
     head_dim, keys, queries = q.shape[-1], order.keys, order.queries
     pyramid = 2 * PyramidRows.of(order, config).total * head_dim * Plan.of(q, order).rows_dtype.itemsize
     statistics = 4 * (4 * keys.blocks * (head_dim + 1) + queries.blocks * head_dim)
+    tokens = 4 * keys.blocks * keys.size if config.group_keys else 0
     sums = 4 * head_dim * -(-q.shape[2] // ROWS_PER_MEAN)
     pitch = pair_pitch(keys.blocks)
     chosen = pitch * (1 + 4) + list_pitch(keys.video_blocks) * (4 + 4) + 4 * COUNTS.value
     if config.selection != "error":  # before anything is listed, masses are ranked; codes are kept twice
         chosen = max(pitch * (RANKED if keys.video_blocks <= SORTED_IN_PLACE else RANKED_APART), chosen + pitch)
-    return pyramid + statistics + sums + queries.blocks * (4 * pitch + chosen)
+    return pyramid + statistics + tokens + sums + queries.blocks * (4 * pitch + chosen)
 
 
 def pair_pitch(key_blocks: int) -> int:
