@@ -69,7 +69,8 @@ def representative(config: PSAConfig) -> PSAConfig:
     return replace(
         common,
         ranges=tuple((index / count, (index + 1) / count) for index in range(count)),
-        similarity_caps=config.similarity_caps and tuple((level, LEAST_SIMILARITY) for level, _ in config.similarity_caps),
+        similarity_caps=config.similarity_caps
+        and tuple((level, LEAST_SIMILARITY) for level, _ in config.similarity_caps),
     )
 
 

@@ -26,8 +26,7 @@ try:
 except ImportError:
     AttrsDescriptor = None
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import psa_core.backends.triton as backend
 from psa_core import PSAConfig, TokenLayout, plan_order
