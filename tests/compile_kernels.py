@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import psa_core.backends.triton as backend
 from psa_core import PSAConfig, TokenLayout, plan_order
-from psa_core.backends.triton import configs
+from psa_core.backends.triton import plan
 
 POINTER_TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.uint8: "*u8",
@@ -59,14 +59,14 @@ def recording(sm: int) -> Iterator[list[Launch]]:
     def note(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launches.append((kernel, args, kwargs))
 
-    original, capability = JITFunction.run, configs.capability
+    original, capability = JITFunction.run, plan.capability
     JITFunction.run = note
-    backend.attend.__globals__["capability"] = lambda device: sm
+    plan.capability = lambda device: sm
     try:
         yield launches
     finally:
         JITFunction.run = original
-        backend.attend.__globals__["capability"] = capability
+        plan.capability = capability
 
 
 def record_launches(

@@ -515,7 +515,7 @@ print(bool(dense.isfinite().all()), bool(out.isfinite().all()))
     ("before", "after", "said"),
     [
         ("    if again:", "    if again:", "True True"),
-        ("    if again:", "    if places < 0:", "True False"),
+        ("    if again:", "    if not ONLINE:", "True False"),
     ],
     ids=["with its cure", "without"],
 )
