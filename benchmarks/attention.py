@@ -12,10 +12,11 @@ for PSA, finding the blocks is in it too. ``matched`` is PSA with the error_weig
 Sol-Attn's (tau 1): the two compared at equal fidelity.
 
 Writes ``attention-<device>.json``: ``{device, versions, commit, records}``, a record per case, input, method and
-preset. Times are medians of CUDA events; ``effective_tflops`` are the FLOPs that the levels need over the time of the
-attention kernel (of the whole call where that is not known); errors are against fp32 dense attention on a sample of
-heads, the first and the last among them. A peer that cannot run has a record that says why it ``failed``. The file is
-saved after every record, and a later run of the same device, versions and commit goes on with it.
+preset. Times are medians of CUDA events, of PSA with the statistics that the patch node asks for; ``effective_tflops``
+are the FLOPs that the levels need over the time of the attention kernel (of the whole call where that is not known);
+errors are against fp32 dense attention on a sample of heads, the first and the last among them. A peer that cannot run
+has a record that says why it ``failed``. The file is saved after every record, and a later run of the same device,
+versions and commit goes on with it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +58,7 @@ from benchmarks.results_file import (  # noqa: E402
     device_slug,
 )
 from psa_core import PSAConfig, TokenLayout, TokenOrder, plan_order, psa_attention  # noqa: E402
+from psa_core.attention import heads_per_chunk  # noqa: E402
 from psa_core.backends import resolve  # noqa: E402
 from psa_core.bench import config_of_density  # noqa: E402
 from psa_core.presets import load_presets  # noqa: E402
@@ -68,6 +71,7 @@ METHODS = (*SDPA, "psa", *PEERS, "matched")
 MATCHED_TAU = "tau 1"
 KEY = ("case", "input", "method", "preset")
 NOISES = (0.9, 0.6, 0.3)
+STAGES = ("prepare", "importance", "select", "attend", "count")
 RANDOM = "random"
 INPUTS = ("structured", *(f"learned {noise}" for noise in NOISES), RANDOM)
 
@@ -295,18 +299,18 @@ def measure_configs(
     for name, config in configs.items():
         order = plan_order(case.layout, config, "cuda")
 
-        def attend(config: PSAConfig = config, order: TokenOrder = order) -> Tensor:
-            out = psa_attention(q, k, v, layout=case.layout, config=config, order=order, backend="triton")
-            assert isinstance(out, Tensor)
-            return out
-
-        out, ms, extra = timed(attend, repeats)
-        density = density_of(case, order, config, q, k, v)
+        # With statistics, as the patch node calls it.
+        call = partial(
+            psa_attention, q, k, v, layout=case.layout, config=config, order=order, backend="triton", stats=True
+        )
+        (out, stats), ms, extra = timed(call, repeats)
+        density = float(stats.density.mean())
         stages = time_stages(case, order, config, q, k, v, repeats)
         record = {
             "method": "psa",
             "preset": name,
             "error_weight": config.error_weight,
+            "workspace_mib": config.workspace_mib,
             "ms": ms,
             "effective_tflops": tflops(case, density, stages["attend"]),
             "density": density,
@@ -328,24 +332,25 @@ def density_of(case: Case, order: TokenOrder, config: PSAConfig, q: Tensor, k: T
 def time_stages(
     case: Case, order: TokenOrder, config: PSAConfig, q: Tensor, k: Tensor, v: Tensor, repeats: int
 ) -> dict[str, float]:
-    """Milliseconds of each stage over all heads, chunk by chunk as psa_attention works."""
+    """Milliseconds of each stage over all heads, in the chunks in which psa_attention works."""
     backend = resolve("triton", q)
     scale = case.head_dim**-0.5
-    per_head = backend.workspace_bytes_per_head(q, order, config)
-    size = max(1, config.workspace_mib * 2**20 // per_head)
-    total = dict.fromkeys(("prepare", "importance", "select", "attend"), 0.0)
+    size = heads_per_chunk(case.heads, backend.workspace_bytes_per_head(q, order, config), config)
+    total = dict.fromkeys(STAGES, 0.0)
     for start in range(0, case.heads, size):
         part = (slice(None), slice(start, start + size))
         qs, ks, vs = q[part], k[part], v[part]
-        prepared, ms, _ = timed(lambda: backend.prepare(qs, ks, vs, order, config, scale), repeats)  # noqa: B023
-        total["prepare"] += ms
-        importance, ms, _ = timed(lambda: backend.importance(prepared), repeats)  # noqa: B023
-        total["importance"] += ms
-        selection, ms, _ = timed(lambda: backend.select(prepared, importance), repeats)  # noqa: B023
-        total["select"] += ms
-        out = torch.empty_like(qs)
-        _, ms, _ = timed(lambda: backend.attend(prepared, selection, out), repeats)  # noqa: B023
-        total["attend"] += ms
+
+        def time_stage(stage: str, run: Callable[[], Any]) -> Any:
+            result, ms, _ = timed(run, repeats)
+            total[stage] += ms
+            return result
+
+        prepared = time_stage("prepare", partial(backend.prepare, qs, ks, vs, order, config, scale))
+        importance = time_stage("importance", partial(backend.importance, prepared))
+        selection = time_stage("select", partial(backend.select, prepared, importance))
+        time_stage("attend", partial(backend.attend, prepared, selection, torch.empty_like(qs)))
+        time_stage("count", partial(backend.count, prepared, selection))
     return {stage: round(ms, 4) for stage, ms in total.items()}
 
 

@@ -69,7 +69,7 @@ STYLES = {
     "sage": Style("SageAttention, dense", "#c973ae", "P"),
     "int8_attention": Style("int8, dense", "#9a7ad6", "h"),
 }
-STAGES = {"prepare": "#7ab8f0", "importance": "#0fa37c", "select": "#d99a00", "attend": "#2b87e3"}
+STAGES = {"prepare": "#7ab8f0", "importance": "#0fa37c", "select": "#d99a00", "attend": "#2b87e3", "count": "#c973ae"}
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .attention import plan_order, psa_attention
+from .attention import PSAStats, plan_order, psa_attention
 from .capability import HEAD_DIMS, reason_against
 from .config import PSAConfig
 from .layout import TokenLayout
+from .ordering import TokenOrder
 from .synthetic import structured
 
 HEIGHT, WIDTH = 30, 52  # tokens of a 480 x 832 Wan frame
@@ -70,27 +71,58 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(grid: tuple[int, int, int], heads: int, head_dim: int, dtype: torch.dtype, density: float) -> Timing:
     """Time one video of ``grid`` tokens, dense and with PSA at about the given density."""
-    layout = TokenLayout(grid)
-    q, k, v = structured(grid, heads, head_dim, seed=0, device="cuda", dtype=dtype)
-    order = plan_order(layout, PSAConfig(error_weight=0.0), q.device)
+    video = Video.structured(grid, heads, head_dim, dtype)
+    return video.time(config_of_density(video.density_of, density), video.dense_ms())
 
-    def attend(config: PSAConfig) -> Tensor:
-        out = psa_attention(q, k, v, layout=layout, config=config, order=order, backend="triton")
-        assert isinstance(out, Tensor)
-        return out
 
-    def density_of(config: PSAConfig) -> float:
-        result = psa_attention(q, k, v, layout=layout, config=config, order=order, backend="triton", stats=True)
+@dataclass(frozen=True)
+class Video:
+    """Self-attention of one synthetic video on the GPU.
+
+    Args:
+        order: Its tokens, as most configs order them.
+        q: Queries ``[1, H, N, D]``; k and v likewise.
+    """
+
+    order: TokenOrder
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    @staticmethod
+    def structured(grid: tuple[int, int, int], heads: int, head_dim: int, dtype: torch.dtype) -> Video:
+        """Make one of a seed."""
+        order = plan_order(TokenLayout(grid), PSAConfig(error_weight=0.0), "cuda")
+        return Video(order, *structured(grid, heads, head_dim, seed=0, device="cuda", dtype=dtype))
+
+    def dense_ms(self) -> float:
+        """Median time of PyTorch's own attention."""
+        return _median_ms(lambda: scaled_dot_product_attention(self.q, self.k, self.v))
+
+    def density_of(self, config: PSAConfig) -> float:
+        """Mean density of all heads."""
+        return float(self._attend(config, self._order_for(config))[1].density.mean())
+
+    def time(self, config: PSAConfig, dense_ms: float) -> Timing:
+        """Time PSA, called as the patch node calls it, beside a dense time."""
+        order = self._order_for(config)
+        return Timing(
+            tokens=self.order.layout.tokens,
+            dense_ms=dense_ms,
+            sparse_ms=_median_ms(lambda: self._attend(config, order)),
+            density=self.density_of(config),
+        )
+
+    def _order_for(self, config: PSAConfig) -> TokenOrder:
+        layout, device = self.order.layout, self.q.device
+        return self.order if self.order.fits(layout, config, device) else plan_order(layout, config, device)
+
+    def _attend(self, config: PSAConfig, order: TokenOrder) -> tuple[Tensor, PSAStats]:
+        result = psa_attention(
+            self.q, self.k, self.v, layout=order.layout, config=config, order=order, backend="triton", stats=True
+        )
         assert isinstance(result, tuple)
-        return float(result[1].density.mean())
-
-    config = config_of_density(density_of, density)
-    return Timing(
-        tokens=layout.tokens,
-        dense_ms=_median_ms(lambda: scaled_dot_product_attention(q, k, v)),
-        sparse_ms=_median_ms(lambda: attend(config)),
-        density=density_of(config),
-    )
+        return result
 
 
 def config_of_density(density_of: Callable[[PSAConfig], float], wanted: float) -> PSAConfig:
@@ -107,21 +139,34 @@ def config_of_density(density_of: Callable[[PSAConfig], float], wanted: float) -
     return config
 
 
-def describe_crossover(timings: list[Timing]) -> str:
-    """From how many tokens on sparse pays, between the lengths that were measured."""
+def crossover(timings: list[Timing]) -> int | None:
+    """From about how many tokens on sparse pays, in hundreds, between the lengths that were measured.
+
+    Returns:
+        The first length if it pays at all of them, None if it does not at the last.
+    """
     wins = [timing.sparse_ms < timing.dense_ms for timing in timings]
     if all(wins):
-        return f"PSA is faster at every length measured, from {timings[0].tokens} tokens on."
+        return timings[0].tokens
     if not wins[-1]:
-        return f"PSA is not faster at {timings[-1].tokens} tokens and below."
+        return None
     last_loss = max(index for index, won in enumerate(wins) if not won)
     before, after = timings[last_loss], timings[last_loss + 1]
     lost, gained = before.sparse_ms / before.dense_ms - 1, 1 - after.sparse_ms / after.dense_ms
-    tokens = before.tokens + (after.tokens - before.tokens) * lost / (lost + gained)
-    return f"PSA pays from about {round(tokens, -2):.0f} tokens on; as min_tokens, set {round(tokens, -2):.0f}."
+    return 100 * round((before.tokens + (after.tokens - before.tokens) * lost / (lost + gained)) / 100)
 
 
-def _median_ms(run: Callable[[], Tensor]) -> float:
+def describe_crossover(timings: list[Timing]) -> str:
+    """The same as a sentence."""
+    tokens = crossover(timings)
+    if tokens is None:
+        return f"PSA is not faster at {timings[-1].tokens} tokens and below."
+    if all(timing.sparse_ms < timing.dense_ms for timing in timings):
+        return f"PSA is faster at every length measured, from {tokens} tokens on."
+    return f"PSA pays from about {tokens:.0f} tokens on; as min_tokens, set {tokens:.0f}."
+
+
+def _median_ms(run: Callable[[], object]) -> float:
     run()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]  # type: ignore[no-untyped-call]
     marks[0].record()

@@ -44,7 +44,7 @@ ARROWS = {
     "attention": {"backends", "capability", "config", "layout", "ordering"},
     "self_check": {"attention", "backends", "config", "layout", "ordering"},
     "synthetic": set(),
-    "bench": {"attention", "capability", "config", "layout", "synthetic"},
+    "bench": {"attention", "capability", "config", "layout", "ordering", "synthetic"},
 }
 # What the Triton backend shares with the reference: a rank needs a sort, which torch has, and a clamp has one home.
 SHARED_WITH_TRITON = {

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from psa_pack.psa_core import PSAConfig, TokenLayout, psa_attention
 from psa_pack.psa_core.backends import BackendUnavailable
-from psa_pack.psa_core.capability import reason_against
+from psa_pack.psa_core.capability import HEAD_DIMS, reason_against
 
 LAYOUT = TokenLayout((2, 3, 4))
 CONFIG = PSAConfig(error_weight=0.1)
@@ -151,3 +152,45 @@ def test_which_gpus_the_kernels_are_for(
     assert found is None if reason is None else str(found) == reason
     said = capability.reason_against("triton", torch.device("cuda"), torch.float64, 64)
     assert str(said) == "Triton kernels take bf16, fp16 and fp32, not torch.float64"
+
+
+def test_a_reason_is_data_and_a_sentence() -> None:
+    with pytest.raises(BackendUnavailable) as raised:
+        attend(backend="triton", **{name: torch.randn(1, 2, 24, 64).double() for name in "qkv"})
+    if raised.value.code != "triton_missing":
+        assert (raised.value.code, raised.value.values) == ("dtype", {"dtype": "torch.float64"})
+        assert str(raised.value) == "Triton kernels take bf16, fp16 and fp32, not torch.float64"
+    for head_dim in HEAD_DIMS:
+        assert reason_against("reference", torch.device("cpu"), torch.float64, head_dim, gradients=True) is None
+    assert (
+        str(reason_against("reference", torch.device("cpu"), torch.float16, 96)) == "head dim 96 is not one of 64, 128"
+    )
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_gradients_are_refused_where_there_are_none(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from psa_pack.psa_core import capability
+
+    monkeypatch.setattr(capability, "find_spec", lambda name: object())
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    inputs = {other: torch.randn(1, 2, LAYOUT.tokens, 64) for other in "qkv"}
+    inputs[name].requires_grad_()
+    with pytest.raises(BackendUnavailable, match="compute no gradients, and the inputs require them") as raised:
+        attend(backend="triton", **inputs)
+    assert raised.value.code == "gradients"
+    assert attend(backend="auto", **inputs).requires_grad
+    with torch.no_grad():
+        assert not attend(backend="auto", **inputs).requires_grad
+
+
+def test_with_gradients_auto_takes_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    from psa_pack.psa_core import backends
+
+    monkeypatch.setattr(backends, "reason_against", lambda *args: None)
+    monkeypatch.setattr(backends, "import_module", lambda name, package: name)
+    plain = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16, shape=(1, 1, 1, 64), requires_grad=False)
+    learning = SimpleNamespace(**vars(plain) | {"requires_grad": True})
+    assert backends.resolve("auto", plain) == backends.resolve("auto", plain, plain, plain) == ".triton"
+    assert backends.resolve("auto", plain, plain, learning) == ".reference"
+    with torch.no_grad():
+        assert backends.resolve("auto", plain, learning, plain) == ".triton"

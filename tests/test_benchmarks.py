@@ -12,9 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import attention, comfy_models, first_use, learned, measure, peers, sampling
+from benchmarks import attention, comfy_models, crossover, first_use, learned, measure, peers, sampling
 from benchmarks.results_file import ResultFile
-from psa_core import TokenLayout, psa_attention
+from psa_core import PSAConfig, TokenLayout, plan_order, psa_attention
+from psa_core.backends import reference
+from psa_core.bench import Timing
 from psa_core.presets import load_presets
 
 PRESETS = attention.ROOT / "presets"
@@ -269,3 +271,68 @@ def test_what_sampling_cannot_do_is_refused(
 def test_the_matched_weight_is_the_largest_with_the_wanted_error() -> None:
     config = attention.config_of_error(lambda config: config.error_weight**0.5, 0.1)
     assert 0.95 * 0.01 < config.error_weight <= 0.01
+
+
+@pytest.mark.parametrize("path", sorted(attention.RESULTS.glob("*.json")), ids=lambda path: path.name)
+def test_no_call_took_more_memory_than_its_limit(path: Path) -> None:
+    """Limits are those of the records; older ones say in their preset's name where it was not the default."""
+    document = json.loads(path.read_text("utf-8"))
+    records = document.get("records", []) if isinstance(document, dict) else []
+    beyond = []
+    for record in records:
+        if record.get("method") == "psa" and "extra_mib" in record:
+            named = attention.SMALL_WORKSPACE if record["preset"].endswith("256 MiB") else PSAConfig.workspace_mib
+            limit = record.get("workspace_mib", named)
+            if record["extra_mib"] > limit:
+                beyond.append((record["case"], record["input"], record["preset"], round(record["extra_mib"]), limit))
+    assert not beyond
+
+
+def test_stages_are_timed_in_the_chunks_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both as many heads at a time, and nothing that the call leaves out."""
+    layout = TokenLayout((2, 9, 10))
+    q, k, v = torch.randn(3, 1, 7, layout.tokens, 64)
+    case = attention.Case(layout.grid, 0, 7, 64, "")
+    config = PSAConfig(error_weight=0.3)
+    order = plan_order(layout, config, "cpu")
+    least = reference.workspace_bytes_per_head(q, order, config)
+    monkeypatch.setattr(reference, "workspace_bytes_per_head", lambda *args: least - least % -(2**20) - 1)
+    mib = 5 * -(-least // 2**20)  # five heads at most: two chunks, of four and three
+    config = PSAConfig(error_weight=0.3, workspace_mib=mib)
+    seen: list[tuple[str, int]] = []
+
+    def noting(stage: str) -> Callable[..., object]:
+        run = getattr(reference, stage)
+
+        def note(*args):
+            seen.append((stage, (args[0] if stage == "prepare" else args[0].q).shape[1]))
+            return run(*args)
+
+        return note
+
+    for stage in attention.STAGES:
+        monkeypatch.setattr(reference, stage, noting(stage))
+    psa_attention(q, k, v, layout=layout, config=config, backend="reference", order=order, stats=True)
+    called, seen[:] = seen.copy(), []
+    monkeypatch.setattr(attention, "resolve", lambda *args: reference)
+    monkeypatch.setattr(attention, "timed", lambda run, repeats: (run(), 1.0, 0.0))
+    assert attention.time_stages(case, order, config, q, k, v, 1) == dict.fromkeys(attention.STAGES, 2.0)
+    assert seen == called
+    assert [heads for stage, heads in called if stage == "attend"] == [4, 3]
+
+
+def test_the_crossover_is_written_as_data() -> None:
+    family = crossover.FAMILIES["wan2.1_1.3b"]
+    timings = [Timing(8000, 1.0, 1.5, 0.4), Timing(10000, 2.0, 1.5, 0.3)]
+    *lengths, end = crossover.records_of("wan2.1_1.3b", family, "preset", timings)
+    assert [record["density"] for record in lengths] == [0.4, 0.3]
+    assert end["crossover"] == 9300 and end["min_tokens"] == 10000
+    never = crossover.records_of("wan2.1_1.3b", family, "preset", timings[:1])[-1]
+    assert never["crossover"] is never["min_tokens"] is None
+
+
+def test_every_family_with_presets_has_a_crossover() -> None:
+    assert set(crossover.FAMILIES) == {path.stem for path in PRESETS.glob("*.yaml")}
+    for case in attention.CASES.values():
+        family = crossover.FAMILIES[case.family]
+        assert (family.heads, family.head_dim) == (case.heads, case.head_dim)

@@ -64,7 +64,7 @@ CHECKED_PROGRAM = """
 from dataclasses import replace
 from pathlib import Path
 import torch
-from compile_kernels import LAUNCH_OPTIONS, ROOT, record_launches, recording, specialize
+from compile_kernels import LAUNCH_OPTIONS, record_launches, recording, specialize
 from psa_core import PSAConfig, TokenLayout, backends
 from psa_core.presets import load_presets
 from psa_core.self_check import SelfCheckFailed, check_once, self_check
@@ -80,7 +80,7 @@ def specialised(launches):
 
 configs = {
     f"{path.stem} {name}": preset.config
-    for path in sorted(Path(ROOT, "presets").glob("*.yaml")) for name, preset in load_presets(path).items()
+    for path in sorted(Path("../presets").glob("*.yaml")) for name, preset in load_presets(path).items()
 }
 usual = PSAConfig(error_weight=0.3)
 for changes in ({"query_block": 64}, {"levels": (1, 4)}, {"importance_stride": 1}, {"variance_term": False}):

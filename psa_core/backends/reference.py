@@ -206,10 +206,12 @@ def _attend_block(prepared: Prepared, codes: Tensor, block: tuple[int, int, int]
     tokens = _places(table)[i, : int(table.counts[i])].long()
     keys, values, biases = zip(*_selected_rows(prepared, codes, block, dtype), strict=True)
     groups = [len(bias) for bias in biases]
-    for part in torch.split(tokens, max(1, PART // max(sum(groups), 1))):
+    rows = max(1, PART // max(sum(groups), 1))
+    for start in range(0, len(tokens), rows):
+        part = tokens[start : start + rows]
         queries = (prepared.scale * prepared.q[b, h, part].double()).to(dtype)  # unscaled, fp32 overflows sooner
         logits = [queries @ level.T + bias for level, bias in zip(keys, biases, strict=True)]
-        weights = torch.split(torch.softmax(torch.cat(logits, dim=-1), dim=-1), groups, dim=-1)
+        weights = torch.softmax(torch.cat(logits, dim=-1), dim=-1).split_with_sizes(groups, dim=-1)
         sums = [weight @ level for weight, level in zip(weights, values, strict=True)]
         out[b, h, part] = torch.stack(sums).sum(0).to(out.dtype)
 
