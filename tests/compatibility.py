@@ -26,6 +26,8 @@ PACKAGES = (
     "triton==3.2.0; sys_platform == 'linux'",
 )  # fmt: skip
 NEWEST_PYTHON = (3, 13)
+# Of pytest, here and in suite.py: a file is one worker's, for its servers; files come in the order of the collection.
+WORKERS = ("-n", "logical", "--dist", "loadfile", "--no-loadscope-reorder")
 
 TESTS = (
     "tests/test_reference.py",
@@ -43,7 +45,7 @@ NOT_TRIED = {
     "kernels for sm_80 and sm_89": "for time: sm_86 has their settings and the least shared memory of the three",
     "kernels within their registers": "the settings are tuned with newer Tritons; 3.2 spills more, which costs time",
     "torch.compile": "for time: ten seconds a test; the newest torch runs them",
-    "ComfyUI 0.33": "PyPI carries 0.3.75 only; COMFYUI_PATH runs all tests with any other",
+    "a newer ComfyUI": "`make test` runs one with the newest torch, where one lies",
     "GPUs": "`make test-gpu` on one, with whatever torch and Triton are there",
     "Windows and macOS": "no machine of that kind; tests of paths, encodings and names stand in",
 }
@@ -57,8 +59,16 @@ def main() -> int:
     install()
     for what, reason in NOT_TRIED.items():
         print(f"not tried: {what} ({reason})")
-    chosen = ["-m", "not gpu", "-k", "not torch_compile", *(f"--deselect={test}" for test in LEFT_OUT), *TESTS]
-    command = [python(ENVIRONMENT), "-m", "pytest", "-p", "no:cacheprovider", *chosen]
+    chosen = [
+        *WORKERS,
+        "-m",
+        "not gpu",
+        "-k",
+        "not torch_compile",
+        *(f"--deselect={test}" for test in LEFT_OUT),
+        *TESTS,
+    ]
+    command = [python(ENVIRONMENT), "-m", "pytest", "-p", "no:cacheprovider", *WORKERS, *chosen]
     return subprocess.run(command, cwd=ROOT).returncode
 
 

@@ -15,6 +15,7 @@ import ast
 import difflib
 import json
 import os
+import platform
 import random
 import re
 import shutil
@@ -35,12 +36,10 @@ from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.operators.provider import OperatorProvider
 
-from measure_coverage import CORE_TESTS, NODE_TESTS
-from pack import ROOT
+from measure_coverage import CORE_TESTS, NODE_TESTS, checked_out_commit
+from pack import ROOT, comfyui_version, installed_version
 from suite import COPY as NEWEST
 from suite import ENVIRONMENT, find_newest, install, python
-
-from benchmarks.results_file import checked_out_commit, describe_machine  # isort: skip
 
 RESULTS = ROOT / "benchmarks" / "results" / "mutants.json"
 LEAST_SHARE = 0.95
@@ -87,9 +86,10 @@ Place = tuple[str, tuple[int, int]]  # file, line and column
 
 def places(file: str) -> dict[Place, list[tuple[str, int]]]:
     """Where a file can be changed, and by which operators' which occurrence."""
-    tree, found = get_ast((ROOT / file).read_text("utf-8")), defaultdict(list)
-    for name, operator in OPERATORS.items():
-        positions = (start for node in ast_nodes(tree) for start, _ in operator().mutation_positions(node))
+    nodes, found = list(ast_nodes(get_ast((ROOT / file).read_text("utf-8")))), defaultdict(list)
+    for name, operator_class in OPERATORS.items():
+        operator = operator_class()
+        positions = (start for node in nodes for start, _ in operator.mutation_positions(node))
         for occurrence, start in enumerate(positions):
             found[file, start].append((name, occurrence))
     return dict(found)
@@ -102,12 +102,12 @@ def mutate(file: str, operator: str, occurrence: int) -> Mutant | None:
         changed = mutate_code(source, OPERATORS[operator](), occurrence)
     except AttributeError:  # cosmic-ray cannot replace exceptions with a dot in their name
         return None
-    if changed is None or _without_annotations(changed) in (_without_annotations(source), ""):
+    if changed is None or without_annotations(changed) in (without_annotations(source), ""):
         return None
     return Mutant(file, operator, changed, _diff(source, changed))
 
 
-def _without_annotations(source: str) -> str:
+def without_annotations(source: str) -> str:
     """A module's code as the interpreter reads it, without annotations; empty where it is no code."""
     try:
         tree = ast.parse(source)
@@ -256,11 +256,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
-    interpreter, environment = sys.executable, {}
+    interpreter, environment = sys.executable, {"COMFYUI_PATH": os.environ["COMFYUI_PATH"]}
     if (newest := find_newest()) is not None:  # it has all the models that nodes know
         install(newest)
         interpreter, environment = python(ENVIRONMENT), {"COMFYUI_PATH": str(NEWEST)}
-    machine = describe_machine(checked_out_commit())
+    versions = {name: installed_version(name) for name in ("cosmic-ray", "torch", "triton")}
+    versions |= {"python": platform.python_version(), "comfyui": comfyui_version(Path(environment["COMFYUI_PATH"]))}
+    machine = {"device": "CPU", "versions": versions, "commit": checked_out_commit()}
     records = [
         try_folder(folder, args.sample, args.seed, args.workers, interpreter, environment)
         for folder in args.folder or FOLDERS

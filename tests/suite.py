@@ -23,7 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from xml.etree import ElementTree
 
-from compatibility import python, site_packages
+from compatibility import WORKERS, python, site_packages
 from pack import ROOT, comfyui_version
 
 sys.path.append(str(ROOT / "demo"))
@@ -33,11 +33,7 @@ from install import requirement_lines
 DEFAULT_PLACE = Path.home() / "comfy" / "ComfyUI"
 COPY = ROOT / ".comfyui-newest"
 ENVIRONMENT = ROOT / ".venv-comfyui-newest"
-NOT_COPIED = shutil.ignore_patterns(
-    ".*", "__pycache__", "models", "input", "output", "temp", "user", "custom_nodes", "venv*", "extra_model_paths.yaml"
-)
-# A file is one worker's, for its servers; files come in the order in which they are collected.
-WORKERS = ("-n", "logical", "--dist", "loadfile", "--no-loadscope-reorder")
+NOT_COPIED = {"models", "input", "output", "temp", "user", "custom_nodes", "extra_model_paths.yaml"}  # the user's own
 NOTHING_CHOSEN = 5
 
 
@@ -93,10 +89,22 @@ def find_newest() -> Path | None:
     return None
 
 
+def copy_tree(newest: Path) -> None:
+    """Copy a ComfyUI, without what its user has put into it."""
+
+    def not_copied(folder: str, names: list[str]) -> set[str]:
+        hidden = {name for name in names if name.startswith(".") or name == "__pycache__"}
+        return hidden | (NOT_COPIED if Path(folder) == newest else set())
+
+    shutil.rmtree(COPY, ignore_errors=True)
+    shutil.copytree(newest, COPY, ignore=not_copied)
+    for name in ("custom_nodes", "input", "models", "output"):
+        (COPY / name).mkdir()
+
+
 def install(newest: Path) -> None:
     """Copy a ComfyUI, and make the environment that it runs in; quick where that is there."""
-    shutil.rmtree(COPY, ignore_errors=True)
-    shutil.copytree(newest, COPY, ignore=NOT_COPIED)
+    copy_tree(newest)
     wanted = requirement_lines(COPY / "requirements.txt")
     base = Path(sys.prefix)
     done = ENVIRONMENT / f".installed-{hashlib.sha256(repr((wanted, str(base))).encode()).hexdigest()[:16]}"
