@@ -102,7 +102,7 @@ MUTANTS = [
     Mutant(LEVELS, "cosines.sum(-1) / filled.sum(-1)", "cosines.mean(-1)", CAPS),
     # orders and blocks
     Mutant(ORDERING, "tokens[: len(video)] = video", "tokens[: len(video)] = np.argsort(video)", BLOCKS),
-    Mutant(ORDERING, "video = curve + layout.video_start", "video = curve", TEXT),
+    Mutant(ORDERING, "_curve(grid, config) + start for", "_curve(grid, config) for", TEXT),
     Mutant(ORDERING, "-(-len(part) // size)", "(len(part) // size + 1)", BLOCKS),
     Mutant(ORDERING, "is_exact[start:stop] = True", "is_exact[start : stop - 1] = True", BLOCKS),
     Mutant(ORDERING, "(len(video) - 1) % size + 1", "len(video) % size", "test_kernels.py -k 'just and float32'"),
