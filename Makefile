@@ -1,9 +1,10 @@
 # demo      render the demo video dense and with PSA, and compare them: demo/out/compare.webp
-# test      everything that needs no GPU, with a real ComfyUI
+# test      everything that needs no GPU, with a real ComfyUI, and what depends on ComfyUI with a newer one where one lies
+#           (COMFYUI_NEWEST, else ~/comfy/ComfyUI)
 # fuzz      the random cases of the tests, FUZZ times as many (20), other ones each time
 # compatibility   the oldest torch and Triton in an environment of their own (3 GB to fetch where torch brings CUDA)
 # coverage  lines of psa_core and nodes that the tests reach: benchmarks/results/coverage.json
-# mutants   50 faults put into psa_core on purpose, each of which a test has to find
+# mutants   faults put into psa_core and nodes by a tool, which the tests have to find; MUTANT_ARGUMENTS="--help"
 # test-gpu  the kernel tests, on a CUDA device
 # lint, format
 # pictures, screenshots   remake what README.md shows
@@ -28,7 +29,7 @@ install-tests:
 	$(PYTHON) tests/comfy_cli.py
 
 test: install-tests
-	COMFYUI_PATH="$${COMFYUI_PATH:-$(CURDIR)/.comfyui}" $(VENV_PYTHON) -m pytest -m "not gpu" $(TEST_ARGUMENTS)
+	COMFYUI_PATH="$${COMFYUI_PATH:-$(CURDIR)/.comfyui}" $(VENV_PYTHON) tests/suite.py $(TEST_ARGUMENTS)
 
 fuzz: install-tests
 	FUZZ=$${FUZZ:-20} COMFYUI_PATH="$${COMFYUI_PATH:-$(CURDIR)/.comfyui}" $(VENV_PYTHON) -m pytest \
@@ -42,7 +43,7 @@ coverage: install-tests
 	COMFYUI_PATH="$${COMFYUI_PATH:-$(CURDIR)/.comfyui}" $(VENV_PYTHON) tests/measure_coverage.py
 
 mutants: install-tests
-	$(VENV_PYTHON) tests/mutants.py
+	COMFYUI_PATH="$${COMFYUI_PATH:-$(CURDIR)/.comfyui}" $(VENV_PYTHON) tests/mutants.py $(MUTANT_ARGUMENTS)
 
 test-gpu:
 	$(GPU_PYTHON) -m pytest -m gpu $(TEST_ARGUMENTS)

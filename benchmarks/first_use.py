@@ -99,7 +99,7 @@ def measure_here(head_dim: int, heads: int, grids: tuple[tuple[int, int, int], .
         wait(device)
         return time.perf_counter() - start
 
-    self_check(torch.device(device), dtype, head_dim, "triton")
+    self_check(torch.device(device), dtype, head_dim, "triton", config)
     checked = time.perf_counter()
     call(0)
     seconds, kernels = time.perf_counter() - began, count_kernels()

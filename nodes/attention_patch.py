@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from comfy.model_management import InterruptProcessingException
@@ -14,14 +12,15 @@ from comfy_api.latest import io
 
 from ..psa_core import PSAConfig
 from ..psa_core.backends import BACKENDS
-from ..psa_core.presets import Preset
-from ..psa_core.schedule import BlockList, Schedule
+from ..psa_core.presets import Preset, change
+from ..psa_core.schedule import Schedule
 from .gate import PatchSettings
 from .models.known import identify, read_sequence, read_sigma
 from .models.sequence import ModelFacts, UnsupportedModel
 from .override import OVERRIDE_KEY, AttentionOverride, Options, name_arguments, owner_of, replaced
 from .preset_loader import PresetSocket, checked_preset, load_preset
 from .run_record import RunRecord
+from .schedule_inputs import KEEP, error_weight_input, given_schedule, given_settings, schedule_inputs
 from .session import Session
 from .shared_by_copies import SharedByCopies
 from .status import status_line
@@ -29,15 +28,10 @@ from .words import Report, Words
 
 PRESET_NAMES = ("balanced", "quality", "fast")
 OFF = "off"
-KEEP = -1
-"""Value of a numeric input that leaves the preset's own in place."""
-
 PROBE_KEY = "psa_quality_probe"
 """Where a run's ``transformer_options`` hold the probe that watches it."""
 
 _KEY = "psa_attention"
-
-_T = TypeVar("_T")
 
 
 class AttentionPatch(SharedByCopies):
@@ -190,11 +184,11 @@ class PSAAttentionPatch(io.ComfyNode):
         else:
             # Nothing of it will be used, but a run still says why.
             chosen = Preset(preset, "no family", "", "", PSAConfig(error_weight=0.0), Schedule())
-        chosen = dataclasses.replace(
-            chosen,
-            config=_with_error_weight(chosen, error_weight),
-            schedule=_with_schedule(chosen.schedule, start_percent, end_percent, dense_blocks, min_tokens),
-        )
+        changes = given_settings(error_weight), given_schedule(start_percent, end_percent, dense_blocks, min_tokens)
+        try:
+            chosen = change(chosen, *changes)
+        except ValueError as error:
+            raise ValueError(f"{error}; {KEEP} takes the preset's value") from None
         settings = PatchSettings(
             title=f"{chosen.family} {chosen.name}",
             notes=notes,
@@ -210,61 +204,8 @@ class PSAAttentionPatch(io.ComfyNode):
 
 def _advanced_inputs() -> list[io.WidgetInput]:
     widgets = [
-        io.Float.Input(
-            "error_weight",
-            default=KEEP,
-            min=KEEP,
-            max=1e6,
-            step=0.0001,
-            round=0.000001,
-            optional=True,
-            tooltip=(
-                "How much error a saving may cost. Larger is faster and further from the picture without the node; "
-                "0 keeps attention exact; -1 takes the preset's value. Only for presets that select by error, "
-                "as the bundled ones do."
-            ),
-        ),
-        io.Float.Input(
-            "start_percent",
-            default=KEEP,
-            min=KEEP,
-            max=1.0,
-            step=0.01,
-            optional=True,
-            tooltip=(
-                "Attention turns sparse after this share of the sampling, 0 to 1. The first steps decide the "
-                "composition; keeping them dense stays closer to the picture without the node. -1 takes the preset's."
-            ),
-        ),
-        io.Float.Input(
-            "end_percent",
-            default=KEEP,
-            min=KEEP,
-            max=1.0,
-            step=0.01,
-            optional=True,
-            tooltip="Attention is dense again after this share of the sampling, 0 to 1. -1 takes the preset's.",
-        ),
-        io.String.Input(
-            "dense_blocks",
-            default="",
-            optional=True,
-            tooltip=(
-                "Transformer blocks that stay dense, counted from 0: 0, 1, 38-39, -1. Negative numbers count from the "
-                "end, so -1 is the last block. Empty takes the preset's."
-            ),
-        ),
-        io.Int.Input(
-            "min_tokens",
-            default=KEEP,
-            min=KEEP,
-            max=2**31 - 1,
-            optional=True,
-            tooltip=(
-                "Videos with fewer tokens than this stay dense, because sparse attention would not be faster. A Wan "
-                "token is 16 x 16 pixels of 4 frames (32 x 32 with the Wan 2.2 5B model). -1 takes the preset's."
-            ),
-        ),
+        error_weight_input("the preset's"),
+        *schedule_inputs("the preset's"),
         io.Combo.Input(
             "backend",
             options=list(BACKENDS),
@@ -284,34 +225,6 @@ def _advanced_inputs() -> list[io.WidgetInput]:
         # ComfyUI 0.3.x has no `advanced` argument, but passes this on all the same.
         widget.extra_dict["advanced"] = True
     return widgets
-
-
-def _with_error_weight(preset: Preset, error_weight: float) -> PSAConfig:
-    if error_weight == KEEP:
-        return preset.config
-    if preset.config.selection != "error":
-        raise ValueError(
-            f"error_weight: {error_weight} has no meaning for preset {preset.family} {preset.name}, which selects by "
-            f"{preset.config.selection}; only -1 is allowed"
-        )
-    return _checked(lambda: dataclasses.replace(preset.config, error_weight=error_weight))
-
-
-def _with_schedule(
-    schedule: Schedule, start_percent: float, end_percent: float, dense_blocks: str, min_tokens: int
-) -> Schedule:
-    values: dict[str, Any] = {"start_percent": start_percent, "end_percent": end_percent, "min_tokens": min_tokens}
-    changes = {name: value for name, value in values.items() if value != KEEP}
-    if not isinstance(dense_blocks, str) or dense_blocks.strip():
-        changes["dense_blocks"] = BlockList.parse(dense_blocks)
-    return _checked(lambda: dataclasses.replace(schedule, **changes))
-
-
-def _checked(change: Callable[[], _T]) -> _T:
-    try:
-        return change()
-    except ValueError as error:
-        raise ValueError(f"{error}; {KEEP} takes the preset's value") from None
 
 
 def _checked_backend(name: str) -> str:

@@ -30,7 +30,16 @@ from ..psa_core.models.cogvideox import (
     TABLE_SPATIAL_SCALE,
     TEXT_TOKENS,
 )
-from .cogvideox_keys import POSITION_TABLE, WrongKeys, lora_targets, quote, rename, sincos_positions
+from .cogvideox_keys import (
+    POSITION_TABLE,
+    WrongTensors,
+    check_shapes,
+    lora_targets,
+    quote,
+    rename,
+    shortened,
+    sincos_positions,
+)
 from .models import cogvideox
 from .override import name_arguments
 
@@ -123,7 +132,8 @@ def load_cogvideox(path: str, disable_dynamic: bool = False) -> ModelPatcher:
         disable_dynamic: ComfyUI's own: load every weight at once.
 
     Raises:
-        ValueError: naming the file and its first keys, if it is no whole CogVideoX transformer.
+        ValueError: naming the file and its first keys, if it is no whole CogVideoX transformer, or the key whose
+            shape is not right.
         RuntimeError: this ComfyUI has no CogVideoX.
     """
     if not cogvideox.KNOWN:
@@ -132,18 +142,22 @@ def load_cogvideox(path: str, disable_dynamic: bool = False) -> ModelPatcher:
     weights = _read_weights(file)
     try:
         names = rename(weights.keys())
-    except WrongKeys as error:
+        check_shapes({key: weight.shape for key, weight in weights.items()})
+    except WrongTensors as error:
         raise ValueError(f"model_name: {file.name} {error}") from error
     # Each tensor moves from one dictionary to the other; none is copied.
     weights = {names[key]: weights.pop(key) for key in list(weights)}
     version_1 = weights["patch_embed.proj.weight"].dim() == 4  # a convolution; CogVideoX1.5 has a matrix
     rotary = _is_rotary(file, weights)
+    width = len(weights["norm_final.weight"])
     if not rotary:
-        width = len(weights["norm_final.weight"])
         weights[POSITION_TABLE] = sincos_positions(width, TABLE_GRID, TEXT_TOKENS, TABLE_SPATIAL_SCALE)
     has_table = POSITION_TABLE in weights
-    if has_table and (rows := weights[POSITION_TABLE].shape[1]) != TEXT_TOKENS + math.prod(TABLE_GRID):
-        raise ValueError(f"model_name: {file.name} has {POSITION_TABLE} of {rows} rows, which ComfyUI cannot use")
+    if has_table and width % 3:
+        raise ValueError(
+            f"model_name: {file.name} has norm_final.weight of {width} channels; with a position table, ComfyUI "
+            "takes multiples of 3 only"
+        )
     if has_table and weights[POSITION_TABLE][:, :TEXT_TOKENS].any():
         _log.warning("PSA: %s has positions for the text, which ComfyUI's CogVideoX does not use", file.name)
     options = {"disable_dynamic": True} if disable_dynamic else {}
@@ -175,6 +189,8 @@ def add_lora(model: ModelPatcher, path: str, strength: float) -> ModelPatcher:
     file = Path(path)
     lora, metadata = _read_tensors("lora_name", file)
     lora |= _alphas(lora, metadata or {}, file)
+    if several := [key for key, weight in lora.items() if key.endswith(".alpha") and weight.numel() != 1]:
+        raise ValueError(f"lora_name: {file.name} has {quote(several)}, which should be one number")
     patches = comfy.lora.load_lora(lora, lora_targets(len(cogvideox.blocks(network))), log_missing=False)
     patches = {target: patch for target, patch in patches.items() if isinstance(patch, LoRAAdapter)}
     used = {key for patch in patches.values() for key in patch.loaded_keys}
@@ -183,12 +199,11 @@ def add_lora(model: ModelPatcher, path: str, strength: float) -> ModelPatcher:
         raise ValueError(f"lora_name: {file.name} is no LoRA for this CogVideoX; nothing in it takes {quote(keys)}")
     shapes = {key: weight.shape for key, weight in model.model.state_dict().items()}
     for target, patch in patches.items():
-        up, down = patch.weights[:2]
-        shape, fits = (up.shape[0], down.shape[1]), shapes[target]
-        if shape != (fits[0], fits[1:].numel()):
+        up, down, fits = tuple(patch.weights[0].shape), tuple(patch.weights[1].shape), shapes[target]
+        if up != (fits[0], *down[:1]) or down[1:] != (fits[1:].numel(),):
             raise ValueError(
-                f"lora_name: {file.name} is for another size of CogVideoX; it changes {target} by {shape}, and the "
-                f"model has {tuple(fits)}"
+                f"lora_name: {file.name} is for another size of CogVideoX; it changes {target} by {up} times {down}, "
+                f"and the model has {tuple(fits)}"
             )
     patched = model.clone()
     patched.add_patches(patches, strength)
@@ -228,7 +243,7 @@ def _read_tensors(parameter: str, file: Path) -> tuple[dict[str, Tensor], dict[s
     try:
         return comfy.utils.load_torch_file(str(file), safe_load=True, return_metadata=True)
     except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{parameter}: {file.name} cannot be read ({error})") from error
+        raise ValueError(f"{parameter}: {file.name} cannot be read ({shortened(str(error))})") from error
 
 
 def _read_index(file: Path) -> list[Path]:
@@ -240,11 +255,20 @@ def _read_index(file: Path) -> list[Path]:
         if not names or any(Path(name).name != name or not name.endswith(_WEIGHTS) for name in names):
             raise ValueError("weight_map does not name safetensors files beside it")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"model_name: {file.name} is no index of safetensors files ({error})") from error
+        raise ValueError(
+            f"model_name: {file.name} is no index of safetensors files ({shortened(str(error))})"
+        ) from error
     shards = [file.parent / name for name in sorted(names)]
-    if missing := [shard.name for shard in shards if not shard.is_file()]:
+    if missing := [shard.name for shard in shards if not _is_file(shard)]:
         raise ValueError(f"model_name: {file.name} names files that are not beside it: {quote(missing)}")
     return shards
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name longer than any file's
+        return False
 
 
 def _is_rotary(file: Path, weights: Mapping[str, Tensor]) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..psa_core import PSAConfig
-from ..psa_core.attention import HEAD_DIMS
+from ..psa_core.capability import HEAD_DIMS
 from .models.sequence import Block, VideoSequence
 from .session import Session
 from .shared_by_copies import PartOfARun

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
 from comfy_api.latest import io
 
 from ..psa_core.config import POOLED_LEVELS
-from ..psa_core.presets import Preset, PresetError, dump_preset, parse_presets, read_yaml
-from .preset_loader import PresetSocket, checked_preset, user_folder
+from ..psa_core.presets import MAX_FILE_BYTES, Preset, PresetError, change, dump_preset, read_file, read_yaml
+from .preset_loader import PresetSocket, checked_preset, load_preset, own_file, shown_path
+from .schedule_inputs import KEEP, error_weight_input, given_schedule, given_settings, schedule_inputs
 
-KEEP = -1
 FROM_BASE = "as base"
-
-_OWN_TO_A_MODE = ("levels", "error_weight", "similarity_caps")
+STANDARD = "wan2.1_14b/balanced"
+"""The bundled preset that is changed where no other is."""
 
 
 class PSAPreset(io.ComfyNode):
@@ -43,9 +43,7 @@ class PSAPreset(io.ComfyNode):
                 PresetSocket.Input(
                     "base",
                     optional=True,
-                    tooltip=(
-                        "The preset to change. Without one, error_weight has to be given and the rest takes defaults."
-                    ),
+                    tooltip=f"The preset to change. Without one, the bundled {STANDARD}.",
                 ),
                 io.Combo.Input(
                     "selection",
@@ -57,18 +55,7 @@ class PSAPreset(io.ComfyNode):
                         "a block's importance. threshold: by the importance that ranks before it."
                     ),
                 ),
-                io.Float.Input(
-                    "error_weight",
-                    default=KEEP,
-                    min=KEEP,
-                    max=1e6,
-                    step=0.0001,
-                    round=0.000001,
-                    optional=True,
-                    tooltip=(
-                        "How much error a saving may cost, for selection error. Larger is faster. -1 takes the base's."
-                    ),
-                ),
+                error_weight_input("the base's"),
                 io.String.Input(
                     "levels",
                     default="",
@@ -78,38 +65,7 @@ class PSAPreset(io.ComfyNode):
                         "threshold a range for each: {1: [0, 0.4], skip: [0.4, 1]}. Empty takes the base's."
                     ),
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=KEEP,
-                    min=KEEP,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    tooltip="Attention turns sparse after this share of the sampling, 0 to 1. -1 takes the base's.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=KEEP,
-                    min=KEEP,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    tooltip="Attention is dense again after this share of the sampling, 0 to 1. -1 takes the base's.",
-                ),
-                io.String.Input(
-                    "dense_blocks",
-                    default="",
-                    optional=True,
-                    tooltip="Transformer blocks that stay dense: 0, 1, 38-39, -1. Empty takes the base's.",
-                ),
-                io.Int.Input(
-                    "min_tokens",
-                    default=KEEP,
-                    min=KEEP,
-                    max=2**31 - 1,
-                    optional=True,
-                    tooltip="Videos with fewer tokens than this stay dense. -1 takes the base's.",
-                ),
+                *schedule_inputs("the base's"),
                 io.Combo.Input(
                     "order",
                     options=[FROM_BASE, "gilbert", "tile", "raster"],
@@ -152,80 +108,59 @@ class PSAPreset(io.ComfyNode):
         save: bool = False,
         overwrite: bool = False,
     ) -> io.NodeOutput:
-        for parameter, text in (("levels", levels), ("dense_blocks", dense_blocks)):
-            if not isinstance(text, str):  # linked from a node that gives anything
-                raise PresetError(f"{parameter}: {text!r} is not text")
-        settings: dict[str, Any] = {}
+        if not isinstance(levels, str):  # linked from a node that gives anything
+            raise PresetError(f"levels: {levels!r} is not text")
+        settings = given_settings(error_weight)
         if selection != FROM_BASE:
             settings["selection"] = selection
-        if error_weight != KEEP:
-            settings["error_weight"] = error_weight
         if levels.strip():
             settings["levels"] = _read_levels(levels)
         if order != FROM_BASE:
             settings["order"] = order
-        given = {"start_percent": start_percent, "end_percent": end_percent, "min_tokens": min_tokens}
-        schedule: dict[str, Any] = {key: value for key, value in given.items() if value != KEEP}
-        if dense_blocks.strip():
-            schedule["dense_blocks"] = dense_blocks
-        preset = change_preset(base, name, settings, schedule)
+        schedule = given_schedule(start_percent, end_percent, dense_blocks, min_tokens)
+        start = _standard() if base is None else checked_preset("base", base)
+        preset = change(start, settings, schedule, name=name)
         if save:
             save_preset(preset, overwrite)
         return io.NodeOutput(preset, dump_preset(preset))
-
-
-def change_preset(base: Preset | None, name: str, settings: dict[str, Any], schedule: dict[str, Any]) -> Preset:
-    """Make a preset out of another one.
-
-    Args:
-        base: The preset to change; None for the defaults.
-        name: Name of the new one.
-        settings: What differs, written as in a preset file. Another ``selection`` drops the levels and weights of the
-            old one.
-        schedule: What differs in the schedule, likewise.
-
-    Raises:
-        PresetError: naming the parameter, its value and what is allowed.
-    """
-    if base is None:
-        document: dict[str, Any] = {"family": "own", "presets": {"base": {}}}
-    else:
-        document = yaml.safe_load(dump_preset(checked_preset("base", base)))
-    (old,) = document["presets"].values()
-    if settings.get("selection", old.get("selection")) != old.get("selection"):
-        for key in _OWN_TO_A_MODE:
-            old.pop(key, None)
-    if settings.get("order", old.get("order")) != old.get("order"):
-        old.pop("tile", None)
-    if settings or schedule:
-        old["source"] = f"changed from {base.family} {base.name}" if base else "made in the graph"
-    changed = {**old, **settings, "schedule": {**old.get("schedule", {}), **schedule}}
-    document["presets"] = {name: changed}
-    return parse_presets(yaml.safe_dump(document, sort_keys=False), "PSA Preset")[name]
 
 
 def save_preset(preset: Preset, overwrite: bool) -> Path:
     """Write a preset to a file of its own in the user's preset folder; a file that says the same is left alone.
 
     Raises:
-        ValueError: another file of that name is there, or the folder cannot be written; the message has the path.
+        ValueError: another file of that name is there, or the folder cannot be written.
     """
-    path = user_folder() / f"{preset.name}.yaml"
-    text = dump_preset(preset)
+    path, data = own_file(preset.name), dump_preset(preset).encode()
+    if len(data) > MAX_FILE_BYTES:
+        raise ValueError(f"save: {shown_path(path)} would be longer than the allowed {MAX_FILE_BYTES} bytes")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not overwrite:
-            if path.read_text(encoding="utf-8") == text:
+        if os.path.lexists(path) and not overwrite:  # a link to nowhere is there as well
+            if _holds(path, data):
                 return path
-            raise ValueError(f"name: {path} is there already; take another name or set overwrite")
+            raise ValueError(f"name: {shown_path(path)} is there already; take another name or set overwrite")
         # Whole or not at all: a full disk must not cost the file that was there.
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             written = Path(folder) / path.name
-            written.write_text(text, encoding="utf-8")
+            written.write_bytes(data)
             os.replace(written, path)
     except OSError as error:
-        raise ValueError(f"save: {path} cannot be written ({error.strerror or error})") from error
+        raise ValueError(
+            f"save: {shown_path(path)} cannot be written ({error.strerror or type(error).__name__})"
+        ) from error
     return path
+
+
+def _standard() -> Preset:
+    return dataclasses.replace(load_preset(STANDARD), family="own", description="", source="made in the graph")
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    try:
+        return read_file(path) == data
+    except PresetError:  # no regular file, or one that no preset was written to
+        return False
 
 
 def _read_levels(text: str) -> Any:

@@ -9,12 +9,14 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..psa_core.presets import Preset, PresetError, load_presets
+from ..psa_core.presets import Preset, PresetError, load_presets, read_file
 
 PresetSocket = io.Custom("PSA_PRESET")
 
 _BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "presets"
+_USER_FOLDER = "psa_presets"
 _USER_PREFIX = "user/"
+_SUFFIXES = (".yaml", ".yml")
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ class PSAPresetLoader(io.ComfyNode):
             description=(
                 "Picks a PSA preset by model family and name, bundled or your own, for the custom_preset input of "
                 "PSA Attention Patch. Put your own presets into the folder psa_presets inside ComfyUI's user folder, "
-                "as .yaml files written like the bundled ones."
+                "as .yaml or .yml files written like the bundled ones."
             ),
             inputs=[
                 io.Combo.Input(
@@ -65,7 +67,10 @@ class PSAPresetLoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, preset: str | None = None) -> str:
         path = _find_file(preset) if isinstance(preset, str) else None
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path else "missing"
+        try:
+            return hashlib.sha256(read_file(path)).hexdigest() if path else "missing"
+        except PresetError as error:
+            return str(error)
 
     @classmethod
     def execute(cls, preset: str) -> io.NodeOutput:
@@ -102,29 +107,45 @@ def checked_preset(parameter: str, value: object) -> Preset:
     return value
 
 
+def own_file(name: str) -> Path:
+    """The user's preset file of a name, without its ending: the one that is there, else where it would be."""
+    return _files(_user_folder()).get(name, _user_folder() / f"{name}{_SUFFIXES[0]}")
+
+
+def shown_path(path: Path) -> str:
+    """A preset file of the user's in a message, which may be read on another machine."""
+    return f"{_USER_FOLDER}/{path.name}"
+
+
 def _find_file(choice: str) -> Path | None:
     stem = choice.rpartition("/")[0]
     own = stem.startswith(_USER_PREFIX)
-    folder = user_folder() if own else _BUNDLED_FOLDER
+    folder = _user_folder() if own else _BUNDLED_FOLDER
     # Only files that the folder lists: a choice may come from anyone who can queue a prompt.
-    return {path.stem: path for path in _files(folder)}.get(stem.removeprefix(_USER_PREFIX))
+    return _files(folder).get(stem.removeprefix(_USER_PREFIX))
 
 
 def _preset_names() -> list[str]:
-    names = [f"{path.stem}/{name}" for path in _files(_BUNDLED_FOLDER) for name in load_presets(path)]
-    for path in _files(user_folder()):
+    names = [f"{stem}/{name}" for stem, path in _files(_BUNDLED_FOLDER).items() for name in load_presets(path)]
+    for stem, path in _files(_user_folder()).items():
         try:
-            names += [f"{_USER_PREFIX}{path.stem}/{name}" for name in load_presets(path)]
-        except PresetError as error:
-            # A broken file of the user's must not take the other presets away.
-            _log.warning("PSA: leaving out a preset file: %s", error)
+            names += [f"{_USER_PREFIX}{stem}/{name}" for name in load_presets(path)]
+        except Exception as error:
+            # Whatever a file of the user's holds, it must not take the other presets away.
+            reason = error if isinstance(error, PresetError) else f"{path.name}: {type(error).__name__}"
+            _log.warning("PSA: leaving out a preset file: %s", reason)
     return names
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.yaml"))
+def _files(folder: Path) -> dict[str, Path]:
+    """Preset files by their names without the ending; of two that share one, the first ending's."""
+    files: dict[str, Path] = {}
+    for suffix in _SUFFIXES:
+        for path in sorted(folder.glob(f"*{suffix}")):
+            files.setdefault(path.stem, path)
+    return dict(sorted(files.items()))
 
 
-def user_folder() -> Path:
+def _user_folder() -> Path:
     """Where the user's own presets are."""
-    return Path(folder_paths.get_user_directory()) / "psa_presets"
+    return Path(folder_paths.get_user_directory()) / _USER_FOLDER

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Any, TypeAlias
 
@@ -13,10 +12,9 @@ from comfy_api.latest import io
 
 from nodes import common_ksampler
 
-from ..psa_core.presets import Preset
+from ..psa_core.presets import Preset, change
 from .attention_patch import PROBE_KEY, AttentionPatch
 from .gate import PatchSettings
-from .preset import change_preset
 from .preset_loader import PresetSocket
 from .probe import Probe, ProbedCall
 from .run_record import RunRecord
@@ -223,9 +221,8 @@ def suggested_preset(settings: PatchSettings, suggestion: Suggestion | None, wan
     values = {} if suggestion.error_weight is None else {"error_weight": suggestion.error_weight}
     blocks = {"dense_blocks": dense_blocks_text(settings, suggestion)} if suggestion.dense_blocks else {}
     name = base.name.removesuffix(PRESET_SUFFIX)[: 64 - len(PRESET_SUFFIX)] + PRESET_SUFFIX
-    preset = change_preset(base, name, values, blocks)
-    source = f"{preset.source}; PSA Quality Probe for a mean error of {wanted:g}"
-    return dataclasses.replace(preset, source=source)
+    source = f"changed from {base.family} {base.name}; PSA Quality Probe for a mean error of {wanted:g}"
+    return change(base, values, blocks, name=name, source=source)
 
 
 def dense_blocks_text(settings: PatchSettings, suggestion: Suggestion) -> str:

@@ -14,6 +14,7 @@ from comfy.model_management import InterruptProcessingException
 from torch import Tensor
 
 from ..psa_core import PSAConfig, TokenLayout, TokenOrder, backends, plan_order, psa_attention
+from ..psa_core.capability import Reason
 from ..psa_core.self_check import SelfCheckFailed, self_check
 from .gate import Gate, PatchSettings
 from .run_record import RunRecord, compared_with_dense
@@ -30,16 +31,6 @@ if TYPE_CHECKING:
     from .probe import Attend, Probe
 
 _log = logging.getLogger(__name__)
-
-
-class DeviceNotServed(RuntimeError):
-    """The backend ``auto`` has nothing for a device."""
-
-    code = "only_reference"
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(f"PSA is made for NVIDIA GPUs; on {device.type} only the backend 'reference' works, slowly")
-        self.values = {"device": device.type}
 
 
 class Session(PartOfARun):
@@ -199,10 +190,10 @@ class Session(PartOfARun):
             name = self.settings.backend
             if name == "auto":
                 if q.device.type != "cuda":
-                    raise DeviceNotServed(q.device)
+                    raise backends.BackendUnavailable(Reason("only_reference", {"device": q.device.type}))
                 name = "triton"
             backends.resolve(name, q)
-            self_check(*key, name)
+            self_check(*key, name, self.settings.preset.config)
             self._backends[key] = name
         return self._backends[key]
 
@@ -219,7 +210,7 @@ class Session(PartOfARun):
             yield
         except InterruptProcessingException:
             raise
-        except (backends.BackendUnavailable, DeviceNotServed) as error:
+        except backends.BackendUnavailable as error:
             self._failure = Words.of_error(error)
             self._warn(str(self._failure))
         except SelfCheckFailed as error:

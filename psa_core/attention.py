@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .capability import HEAD_DIMS, NEEDS
 from .config import PSAConfig
 from .layout import TokenLayout
 from .ordering import TokenOrder, order_tokens
 
-HEAD_DIMS = (64, 128)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+DTYPES = NEEDS["reference"].dtypes  # what the definition takes; a backend may take less
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,9 @@ def psa_attention(
         layout: Where the video is among the N tokens.
         config: Selection, levels, order and block sizes.
         scale: Softmax scale; ``D ** -0.5`` when not given.
-        backend: ``auto``, ``triton`` or ``reference``. ``auto`` takes Triton on CUDA and the reference elsewhere; an
-            explicit request never falls back.
+        backend: ``auto``, ``triton`` or ``reference``. ``auto`` takes Triton on CUDA, and the reference elsewhere and
+            where the inputs need gradients, which only it gives (what backward needs comes on top of
+            ``workspace_mib``); an explicit request never falls back.
         order: ``plan_order(layout, config, q.device)``, where the caller keeps it between calls.
         stats: Also return a :class:`PSAStats`.
 
@@ -76,7 +77,7 @@ def psa_attention(
         order = plan_order(layout, config, q.device)
     elif not order.fits(layout, config, q.device):
         raise ValueError("order: was planned for another layout, config or device")
-    engine = backends.resolve(backend, q)
+    engine = backends.resolve(backend, q, k, v)
 
     out = torch.empty_like(q)
     collected = _attend_in_chunks(engine, q, k, v, out, order, config, scale, stats)
@@ -100,7 +101,7 @@ def _attend_in_chunks(
     stats: bool,
 ) -> list[PSAStats]:
     """All heads, as many at a time as the workspace holds; half as many from where memory runs out."""
-    size = _heads_per_chunk(q.shape[1], engine.workspace_bytes_per_head(q, order, config), config)
+    size = heads_per_chunk(q.shape[1], engine.workspace_bytes_per_head(q, order, config), config)
     collected: list[PSAStats] = []
     for batch in range(q.shape[0]):
         first = 0
@@ -138,7 +139,17 @@ def _attend_chunk(
     return [PSAStats(*engine.count(prepared, selection))] if stats else []
 
 
-def _heads_per_chunk(heads: int, bytes_per_head: int, config: PSAConfig) -> int:
+def heads_per_chunk(heads: int, bytes_per_head: int, config: PSAConfig) -> int:
+    """Heads that go through the pipeline at a time: chunks about alike, as few as the workspace allows.
+
+    Args:
+        heads: Heads of one batch item.
+        bytes_per_head: What the backend's ``workspace_bytes_per_head`` says.
+        config: ``workspace_mib`` is used.
+
+    Raises:
+        ValueError: not even one head fits.
+    """
     limit = config.workspace_mib * 2**20
     if bytes_per_head > limit:
         least = math.ceil(bytes_per_head / 2**20)

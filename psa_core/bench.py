@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .attention import HEAD_DIMS, plan_order, psa_attention
-from .backends import triton_unavailable_reason
+from .attention import plan_order, psa_attention
+from .capability import HEAD_DIMS, reason_against
 from .config import PSAConfig
 from .layout import TokenLayout
 from .synthetic import structured
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("There is no CUDA device to measure on.", file=sys.stderr)
         return 1
-    if reason := triton_unavailable_reason(device, args.dtype):
+    if reason := reason_against("triton", device, args.dtype, args.head_dim):
         print(reason, file=sys.stderr)
         return 1
     print(f"{torch.cuda.get_device_name()}, {args.heads} heads of {args.head_dim}, {args.dtype}, batch 1")

@@ -40,7 +40,8 @@ class PSAConfig:
         query_block: Rows of a query block, in tokens.
         key_block: Rows of a key block, in tokens.
         importance_stride: Every how many query rows the importance is estimated from.
-        workspace_mib: Upper bound of temporary memory, in MiB; heads are processed in chunks that fit.
+        workspace_mib: Upper bound of a call's temporary memory, in MiB: what it needs beyond its inputs and its output.
+            As many heads as fit are processed at a time.
 
     Raises:
         ValueError: naming the parameter, its value and what is allowed.

@@ -10,7 +10,9 @@ LEVEL_BIAS_CLAMP = 1.0
 
 
 def logit_variance(query_squares: Tensor, key_variance: Tensor, scale: float) -> Tensor:
-    """Variance of a pooled group's logits about the logit of its mean key.
+    """Variance of a pooled group's logits about the logit of its mean key, in the mean over a query block's rows.
+
+    ``a = scale^2 sum_d mean_r(q_rd^2) var_d(k)``, with the keys' variance about their group's mean.
 
     Args:
         query_squares: Mean over a query block's rows of q squared ``[B, H, query blocks, D]``.
@@ -18,7 +20,7 @@ def logit_variance(query_squares: Tensor, key_variance: Tensor, scale: float) ->
         scale: Softmax scale.
 
     Returns:
-        ``a`` of design.md section 3, ``[B, H, query blocks, key blocks]``.
+        ``a``, ``[B, H, query blocks, key blocks]``.
     """
     return scale * scale * query_squares @ key_variance.transpose(-1, -2)
 
@@ -26,31 +28,30 @@ def logit_variance(query_squares: Tensor, key_variance: Tensor, scale: float) ->
 def bias_from_variance(variance: Tensor, clamp: float) -> Tensor:
     """Second-order term of a pooled logit: the mean of exponentials exceeds the exponential of the mean.
 
-    Half the logit variance, clamped because the expansion overshoots where the variance is large.
+    Half the logit variance, clamped because the expansion overshoots where the variance is large. What is not a number
+    is clamped as well: a row of queries that is not finite then spoils no other row of its block.
     """
-    return (variance / 2).clamp(max=clamp)
+    return torch.fmin(variance / 2, variance.new_full((), clamp))
 
 
 def block_importance(
-    queries: Tensor, filled: Tensor, mean_keys: Tensor, key_counts: Tensor, bias: Tensor, scale: float, stride: int
+    queries: Tensor, filled: Tensor, mean_keys: Tensor, key_counts: Tensor, bias: Tensor, scale: float
 ) -> Tensor:
     """Estimate the attention mass of every (query block, key block).
 
     Args:
-        queries: Queries in blocks ``[B, H, query blocks, size, D]``.
-        filled: Which places hold a token ``[query blocks, size]``.
+        queries: Rows of the query blocks that are looked at ``[B, H, query blocks, rows, D]``.
+        filled: Which of them hold a token ``[query blocks, rows]``.
         mean_keys: Mean centred key of every block ``[B, H, key blocks, D]``.
         key_counts: Tokens of every key block ``[key blocks]``.
         bias: Second-order term of every pair ``[B, H, query blocks, key blocks]``.
         scale: Softmax scale.
-        stride: Every how many rows of a block are looked at.
 
     Returns:
         ``[B, H, query blocks, key blocks]``; rows sum to 1.
     """
-    rows = queries[:, :, :, ::stride]
-    weights = filled[:, ::stride].to(queries.dtype)
-    logits = scale * rows @ mean_keys.transpose(-1, -2).unsqueeze(2)
+    weights = filled.to(queries.dtype)
+    logits = scale * queries @ mean_keys.transpose(-1, -2).unsqueeze(2)
     logits = logits + key_counts.to(logits.dtype).log() + bias.unsqueeze(3)
     mass = torch.softmax(logits, dim=-1)
     return (mass * weights[..., None]).sum(3) / weights.sum(-1)[:, None]

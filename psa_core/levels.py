@@ -18,8 +18,13 @@ def select_by_error(
 ) -> Tensor:
     """Take the level with the least predicted squared error plus weighted cost.
 
+    Of a pair with attention mass ``p``, a level in groups of g tokens has the predicted squared error
+    ``p^2 a var(v) / P`` and the cost ``error_weight / blocks * ceil(n / g) / n``: ``a`` is the variance of the logits
+    that pooling loses, ``var(v)`` that of the values, ``P`` the head's value power, which takes the unit out, and ``n``
+    the block's tokens. Level 1 has no error and the cost ``error_weight / blocks``.
+
     Args:
-        importance: Attention mass of every pair ``[B, H, query blocks, video blocks]``.
+        importance: Attention mass ``p`` of every pair ``[B, H, query blocks, video blocks]``.
         logit_variances: ``a`` of every pair at every level ``[levels, B, H, query blocks, video blocks]``; the first,
             level 1, is not looked at.
         value_variances: Within-group value variance of every block ``[levels, B, H, video blocks]``.
@@ -31,7 +36,8 @@ def select_by_error(
         Level codes ``[B, H, query blocks, video blocks]``, uint8. Ties go to the finer level; a level whose predicted
         error is not finite is not taken.
 
-    Source: design.md section 3, "Choice".
+    Source: the pyramid's levels are those of PSA, arXiv:2512.04025; choosing them by predicted error is this
+    project's own.
     """
     assert config.error_weight is not None
     weight = config.error_weight / max(len(key_counts), 1)
@@ -58,7 +64,8 @@ def select_by_rank(importance: Tensor, config: PSAConfig) -> Tensor:
         config: ``ranges`` and the levels.
 
     Returns:
-        Level codes ``[B, H, query blocks, video blocks]``, uint8. Equal masses rank in block order.
+        Level codes ``[B, H, query blocks, video blocks]``, uint8. Equal masses rank in block order; a mass that is
+        not a number gets the finest level.
     """
     assert config.ranges is not None
     ordered, blocks = torch.sort(importance, dim=-1, descending=True, stable=True)
@@ -68,9 +75,12 @@ def select_by_rank(importance: Tensor, config: PSAConfig) -> Tensor:
     else:
         mass_up_to = (ordered / ordered.sum(-1, keepdim=True)).cumsum(-1)
         place = torch.nn.functional.pad(mass_up_to[..., :-1], (1, 0))  # the mass of those before
-    edges = torch.tensor([high for _, high in config.ranges[:-1]], dtype=place.dtype, device=place.device)
-    codes = torch.tensor(config.level_codes, dtype=torch.uint8, device=place.device)
-    ranked = codes[torch.bucketize(place.contiguous(), edges, right=True)]
+    # Plain numbers all along: a list made into a tensor on the device would wait for the device.
+    finest, *coarser = config.level_codes
+    ranked = torch.full_like(blocks, finest, dtype=torch.uint8)
+    for (low, _), code in zip(config.ranges[1:], coarser, strict=True):
+        ranked.masked_fill_(place >= low, code)
+    ranked.masked_fill_(ordered.isnan(), finest)
     return torch.empty_like(ranked).scatter_(-1, blocks, ranked)
 
 
@@ -116,8 +126,7 @@ def _group_similarity(k: Tensor, places: Tensor, group_size: int) -> Tensor:
     groups = places.long().view(len(places), places.shape[1] // group_size, group_size)  # [blocks, groups, group_size]
     counts = (groups >= 0).sum(-1)
     last = groups.gather(-1, (counts - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    precision = torch.promote_types(k.dtype, torch.float32)
-    first_keys, last_keys = (k[:, :, ends.clamp(min=0)].to(precision) for ends in (groups[..., 0], last))
+    first_keys, last_keys = (k[:, :, ends.clamp(min=0)].double() for ends in (groups[..., 0], last))
     filled = counts > 0
     cosines = torch.where(filled, torch.cosine_similarity(first_keys, last_keys, dim=-1), 0.0)
     similarity: Tensor = cosines.sum(-1) / filled.sum(-1)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-
-from .ordering import BlockTable
 
 
 @dataclass(frozen=True)
@@ -31,34 +30,47 @@ class Pooled:
     key_variance: Tensor
     value_variance: Tensor
 
-
-def gather_blocks(x: Tensor, table: BlockTable) -> Tensor:
-    """Lay tokens ``[B, H, N, D]`` out in blocks ``[B, H, blocks, size, D]``; empty places are 0."""
-    tokens = table.tokens.long()
-    gathered = x[:, :, tokens.clamp(min=0)]
-    gathered = torch.where((tokens >= 0)[:, None], gathered, torch.zeros((), dtype=x.dtype, device=x.device))
-    return gathered.view(*x.shape[:2], table.blocks, table.size, x.shape[-1])
+    def rows_to(self, dtype: torch.dtype) -> Pooled:
+        """The same with keys and values in another precision."""
+        return replace(self, keys=self.keys.to(dtype), values=self.values.to(dtype))
 
 
-def centre_keys(k: Tensor) -> Tensor:
-    """Subtract each head's mean key from ``[B, H, N, D]``. Softmax does not see it; variances and rounding do."""
-    return k - k.mean(dim=2, keepdim=True)
+def mean_key(k: Tensor) -> Tensor:
+    """Mean of each head's keys ``[B, H, N, D]``, which all are centred about ``[B, H, 1, D]``, fp64.
+
+    Softmax does not see what all keys have in common; variances and rounding do.
+    """
+    return k.double().mean(dim=2, keepdim=True)
 
 
-def pool_blocks(keys: Tensor, values: Tensor, table: BlockTable, group_size: int) -> Pooled:
+def gather_blocks(x: Tensor, places: Tensor, centre: Tensor | None = None) -> Tensor:
+    """Lay tokens ``[B, H, N, D]`` out in fp64 blocks ``[B, H, blocks, size, D]``; empty places are 0.
+
+    Args:
+        places: Token at every place of the blocks ``[blocks, size]``; -1 where there is none.
+        centre: What to subtract from every token ``[B, H, 1, D]``.
+    """
+    tokens = places.long()
+    gathered = x[:, :, tokens.clamp(min=0)].double()
+    if centre is not None:
+        gathered = gathered - centre.unsqueeze(3)
+    return torch.where((tokens >= 0)[..., None], gathered, gathered.new_zeros(()))
+
+
+def pool_blocks(keys: Tensor, values: Tensor, places: Tensor, group_size: int) -> Pooled:
     """Average blocks over groups of consecutive places.
 
     Args:
         keys: Centred keys in blocks ``[B, H, blocks, size, D]``, 0 at empty places.
         values: Values in blocks, likewise.
-        table: The blocks' table.
+        places: Token at every place ``[blocks, size]``; -1 where there is none.
         group_size: Tokens per group, a divisor of ``size``.
     """
-    filled = (table.tokens >= 0).view(table.blocks, -1, group_size)  # [blocks, groups, group_size]
+    filled = (places >= 0).view(len(places), -1, group_size)  # [blocks, groups, group_size]
     counts = filled.sum(-1)
     key_means, key_spread = _group_means(keys, filled, counts)
     value_means, value_spread = _group_means(values, filled, counts)
-    tokens = table.counts.to(keys.dtype)
+    tokens = counts.sum(-1).to(keys.dtype)
     return Pooled(
         group_size=group_size,
         keys=key_means,
@@ -66,6 +78,18 @@ def pool_blocks(keys: Tensor, values: Tensor, table: BlockTable, group_size: int
         counts=counts,
         key_variance=key_spread / tokens[:, None],
         value_variance=value_spread.sum(-1) / tokens,
+    )
+
+
+def join_blocks(parts: Sequence[Pooled]) -> Pooled:
+    """One of several that follow each other."""
+    return Pooled(
+        group_size=parts[0].group_size,
+        keys=torch.cat([part.keys for part in parts], dim=2),
+        values=torch.cat([part.values for part in parts], dim=2),
+        counts=torch.cat([part.counts for part in parts]),
+        key_variance=torch.cat([part.key_variance for part in parts], dim=2),
+        value_variance=torch.cat([part.value_variance for part in parts], dim=2),
     )
 
 

@@ -14,23 +14,25 @@ A file holds one family::
 
 With ``selection: topk`` or ``threshold``, ``levels`` maps each level to its range: ``{1: [0, 0.4], skip: [0.4, 1]}``,
 and ``similarity_caps`` maps each pooled level to its least similarity: ``{2: 0.7, 4: 0.65, 8: 0.6}``.
-What a preset does not mention takes the default of :class:`PSAConfig` or :class:`Schedule`.
+What a preset does not mention takes the default of :class:`PSAConfig` or :class:`Schedule`. Plain values are read
+as in YAML 1.2: ``010`` is ten, ``1e-3`` a number, ``1:30`` and ``off`` are text.
 
 A file in the form of the official ``attention_config.yaml`` is read too; its presets are named ``model.preset``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import os
 import re
-from collections.abc import Hashable, Iterable, Mapping
+import stat
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from . import official_presets
+from . import official_presets, yaml_text
 from .config import PSAConfig
 from .schedule import BlockList, Schedule
 
@@ -52,6 +54,7 @@ _CONFIG_KEYS = (
 )
 _PRESET_KEYS = ("description", "source", *_CONFIG_KEYS, "schedule")
 _SCHEDULE_KEYS = tuple(field.name for field in fields(Schedule))
+_OWN_TO_A_SELECTION = ("levels", "error_weight", "similarity_caps")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 _log = logging.getLogger(__name__)
@@ -98,17 +101,28 @@ def load_presets(path: Path) -> dict[str, Preset]:
         PresetError: the file is missing, unreadable, longer than 32 KiB or holds something else than presets.
     """
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise PresetError(f"{path.name}: cannot be read ({error.strerror or error})") from error
-    if len(data) > MAX_FILE_BYTES:
-        raise PresetError(f"{path.name}: is longer than the allowed {MAX_FILE_BYTES} bytes")
-    try:
-        text = data.decode("utf-8-sig")
+        text = read_file(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise PresetError(f"{path.name}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
     return parse_presets(text, path.name)
+
+
+def read_file(path: Path) -> bytes:
+    """Read the bytes of a preset file.
+
+    Raises:
+        PresetError: the file is missing, unreadable, no regular file or longer than 32 KiB.
+    """
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise PresetError(f"{path.name}: cannot be read (it is no regular file)")
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise PresetError(f"{path.name}: cannot be read ({error.strerror or type(error).__name__})") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise PresetError(f"{path.name}: is longer than the allowed {MAX_FILE_BYTES} bytes")
+    return data
 
 
 def parse_presets(text: str, file: str) -> dict[str, Preset]:
@@ -158,18 +172,66 @@ def read_yaml(text: str, name: str) -> Any:
     if len(text) > MAX_FILE_BYTES:
         raise PresetError(f"{name}: is longer than the allowed {MAX_FILE_BYTES} characters")
     try:
-        return _PresetLoader(text).get_single_data()
-    except yaml.MarkedYAMLError as error:
-        place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise PresetError(f"{name}: {place}{error.problem or error.context}") from error
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        raise PresetError(f"{name}: is not readable YAML ({error})") from error
+        return yaml_text.read(text)
+    except ValueError as error:
+        raise PresetError(f"{name}: {error}") from error
 
 
 def dump_preset(preset: Preset) -> str:
     """Write a preset as a YAML file of its own, with every setting spelled out; loading it gives the same preset."""
-    config, schedule = preset.config, preset.schedule
-    settings: dict[str, Any] = {"description": preset.description, "source": preset.source}
+    settings = {
+        "description": preset.description,
+        "source": preset.source,
+        **_config_settings(preset.config),
+        "schedule": _schedule_settings(preset.schedule),
+    }
+    document = {"family": preset.family, "presets": {preset.name: settings}}
+    return yaml_text.write(document)
+
+
+def change(
+    preset: Preset,
+    settings: Mapping[str, Any],
+    schedule: Mapping[str, Any],
+    name: str | None = None,
+    source: str | None = None,
+) -> Preset:
+    """Make a preset out of another one.
+
+    Args:
+        preset: The preset to change.
+        settings: What differs, as a preset file says it. Another ``selection`` drops the levels, weights and caps of
+            the old one, another ``order`` its tile.
+        schedule: What differs in the schedule, likewise; ``dense_blocks`` may be a :class:`BlockList`.
+        name: Name of the new one, where it has another.
+        source: Where its numbers come from; not given, a preset that differs says what it was changed from.
+
+    Raises:
+        PresetError: naming the parameter, its value and what is allowed.
+    """
+    kept = _config_settings(preset.config)
+    if settings.get("selection", preset.config.selection) != preset.config.selection:
+        kept = {key: value for key, value in kept.items() if key not in _OWN_TO_A_SELECTION}
+    if settings.get("order", preset.config.order) != preset.config.order:
+        kept.pop("tile", None)
+    if source is None:
+        source = f"changed from {preset.family} {preset.name}" if settings or schedule else preset.source
+    try:
+        config = _config({**kept, **_mapping("settings", dict(settings), _CONFIG_KEYS)})
+        return dataclasses.replace(
+            preset,
+            name=preset.name if name is None else _name("name", name),
+            source=source,
+            config=dataclasses.replace(config, workspace_mib=preset.config.workspace_mib),
+            schedule=_schedule({**_schedule_settings(preset.schedule), **schedule}),
+        )
+    except ValueError as error:
+        raise PresetError(str(error)) from error
+
+
+def _config_settings(config: PSAConfig) -> dict[str, Any]:
+    """A config as a preset file says it."""
+    settings: dict[str, Any] = {}
     for key in _CONFIG_KEYS:
         if (value := getattr(config, key)) is not None:
             settings[key] = list(value) if isinstance(value, tuple) else value
@@ -177,10 +239,12 @@ def dump_preset(preset: Preset) -> str:
         settings["levels"] = {level: list(bounds) for level, bounds in zip(config.levels, config.ranges, strict=True)}
     if config.similarity_caps is not None:
         settings["similarity_caps"] = dict(config.similarity_caps)
-    settings["schedule"] = {key: getattr(schedule, key) for key in _SCHEDULE_KEYS}
-    settings["schedule"]["dense_blocks"] = str(schedule.dense_blocks)
-    document = {"family": preset.family, "presets": {preset.name: settings}}
-    return yaml.safe_dump(document, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
+    return settings
+
+
+def _schedule_settings(schedule: Schedule) -> dict[str, Any]:
+    """A schedule as a preset file says it."""
+    return {key: getattr(schedule, key) for key in _SCHEDULE_KEYS} | {"dense_blocks": str(schedule.dense_blocks)}
 
 
 def _official(document: Mapping[str, Any], file: str) -> dict[str, Preset]:
@@ -246,8 +310,9 @@ def _schedule(settings: object) -> Schedule:
     given = dict(_mapping("schedule", settings, _SCHEDULE_KEYS))
     if "dense_blocks" in given:
         blocks = given["dense_blocks"]
-        # YAML reads a lone index as a number.
-        given["dense_blocks"] = BlockList.parse(str(blocks) if type(blocks) is int else blocks)
+        if not isinstance(blocks, BlockList):
+            # YAML reads a lone index as a number.
+            given["dense_blocks"] = BlockList.parse(str(blocks) if type(blocks) is int else blocks)
     return Schedule(**given)
 
 
@@ -276,32 +341,6 @@ def _tuple(value: object) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-class _PresetLoader(yaml.SafeLoader):
-    """SafeLoader without anchors, aliases, tags and repeated keys, which presets never need and only errors use."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        if getattr(event, "anchor", None) is not None:
-            raise yaml.composer.ComposerError(
-                None, None, "anchors (&) and aliases (*) are not allowed", event.start_mark
-            )
-        if getattr(event, "tag", None) is not None:
-            raise yaml.composer.ComposerError(None, None, f"tags ({event.tag}) are not allowed", event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Hashable] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} cannot be a key", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1, which PyYAML follows, reads 1e-3 as text; people mean the number.
-_PresetLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+def _open_at_once(path: str, flags: int) -> int:
+    """Open without waiting for the other end of a pipe (where there are such)."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

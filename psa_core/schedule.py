@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+MAX_TOKENS = 2**31 - 1
 _BLOCK_RANGE = re.compile(r"(-?\d{1,4})(?:\s*-\s*(-?\d{1,4}))?")
 
 
@@ -78,7 +79,7 @@ class Schedule:
         start_percent: Share of the sampling after which attention turns sparse, from 0 to 1.
         end_percent: Share of the sampling after which it is dense again, above ``start_percent``, at most 1.
         dense_blocks: Transformer blocks that stay dense.
-        min_tokens: Sequences shorter than this many tokens stay dense.
+        min_tokens: Sequences shorter than this many tokens stay dense; at most ``MAX_TOKENS``.
 
     Raises:
         ValueError: naming the parameter, its value and what is allowed.
@@ -97,8 +98,9 @@ class Schedule:
             raise ValueError(f"start_percent: {self.start_percent} is not below end_percent, {self.end_percent}")
         if not isinstance(self.dense_blocks, BlockList):
             raise ValueError(f"dense_blocks: {self.dense_blocks!r} is not a BlockList")
-        if not isinstance(self.min_tokens, int) or isinstance(self.min_tokens, bool) or self.min_tokens < 0:
-            raise ValueError(f"min_tokens: {self.min_tokens!r} is not a whole number of tokens from 0 up")
+        whole = isinstance(self.min_tokens, int) and not isinstance(self.min_tokens, bool)
+        if not whole or not 0 <= self.min_tokens <= MAX_TOKENS:
+            raise ValueError(f"min_tokens: {self.min_tokens!r} is not a whole number of tokens from 0 to {MAX_TOKENS}")
 
 
 def _range_text(bounds: tuple[int, int]) -> str:

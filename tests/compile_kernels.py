@@ -26,11 +26,12 @@ try:
 except ImportError:
     AttrsDescriptor = None
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 import psa_core.backends.triton as backend
 from psa_core import PSAConfig, TokenLayout, plan_order
-from psa_core.backends.triton import configs
+from psa_core.backends.triton import plan
 
 POINTER_TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.uint8: "*u8",
@@ -42,6 +43,7 @@ RANKED = PSAConfig(
     similarity_caps=((2, 0.7), (4, 0.65), (8, 0.6)),
 )
 RANKED_ONLY = ("_similarity_kernel", "_level_kernel")  # the others are the same as without a ranking
+TUNED = "_attend_kernel"  # the one whose settings differ between GPUs
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -59,14 +61,14 @@ def recording(sm: int) -> Iterator[list[Launch]]:
     def note(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launches.append((kernel, args, kwargs))
 
-    original, capability = JITFunction.run, configs.capability
+    original, capability = JITFunction.run, plan.capability
     JITFunction.run = note
-    backend.attend.__globals__["capability"] = lambda device: sm
+    plan.capability = lambda device: sm
     try:
         yield launches
     finally:
         JITFunction.run = original
-        backend.attend.__globals__["capability"] = capability
+        plan.capability = capability
 
 
 def record_launches(
@@ -135,14 +137,24 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {"registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"]}
 
 
+# One GPU of each generation of matrix units, the one with the least shared memory.
+GENERATIONS = (86, 90, 100, 120)
+
+
 def all_cases(sm: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every kernel for both head dims, in half and full precision, on one GPU generation."""
+    """Every kernel in half and full precision on one GPU of each generation; on the others the one with own settings.
+
+    In full precision only shared memory is asked for: the larger head dim takes more of it, and sm_120 what sm_86 takes.
+    """
     for head_dim in (64, 128):
         for dtype in (torch.bfloat16, torch.float32):
+            if dtype == torch.float32 and (head_dim == 64 or sm not in GENERATIONS or sm == 120):
+                continue
             for kernel, args, kwargs in record_launches(head_dim, dtype, PSAConfig(error_weight=0.01), sm):
-                yield f"{dtype} D{head_dim}", compile_launch(kernel, args, kwargs, sm)
+                if sm in GENERATIONS or kernel.__name__ == TUNED:
+                    yield f"{dtype} D{head_dim}", compile_launch(kernel, args, kwargs, sm)
             for kernel, args, kwargs in record_launches(head_dim, dtype, RANKED, sm):
-                if kernel.__name__ in RANKED_ONLY:
+                if sm in GENERATIONS and kernel.__name__ in RANKED_ONLY:
                     yield f"{dtype} D{head_dim} ranked", compile_launch(kernel, args, kwargs, sm)
 
 

@@ -1,8 +1,13 @@
-"""Loads the pack as ComfyUI does, under one name, and gives tests a real ComfyUI where there is one."""
+"""Loads the pack as ComfyUI does, under one name, and gives tests a real ComfyUI where there is one.
+
+Tests that use the fixture ``comfyui``, themselves or through others, carry the mark ``comfyui``: their result depends
+on ComfyUI's version, and `tests/suite.py` runs them with two.
+"""
 
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -11,7 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from pack import ROOT, load_pack
+from pack import ROOT, comfyui_version, installed_version, load_pack
 
 __all__ = ["FUZZ", "ROOT", "cases"]
 
@@ -36,10 +41,58 @@ def cases(usual: int) -> int:
 
 
 load_pack()
+sys.path.append(str(ROOT))  # for benchmarks; behind ComfyUI, which has modules of the same names
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, None, None]:
+    """Mark what depends on ComfyUI; start with what takes longest, so that no worker is left alone with it."""
+    for item in items:
+        if "comfyui" in getattr(item, "fixturenames", ()):
+            item.add_marker("comfyui")
+    yield
+    items.sort(key=lambda item: item.path.name != "test_kernel_compilation.py")
+
+
+def pytest_report_header() -> str:
+    return versions()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say with the result what it is the result of."""
+    terminalreporter.write_line(versions())
+    if not torch.cuda.is_available():
+        terminalreporter.write_line(
+            "not tested here: kernels in bfloat16, wrong in Triton's interpreter; `make test-gpu` tests them on a GPU"
+        )
+
+
+def versions() -> str:
+    """All that a result depends on, in a line."""
+    comfyui, triton = os.environ.get("COMFYUI_PATH"), installed_version("triton")
+    return ", ".join(
+        (
+            f"ComfyUI {comfyui_version(Path(comfyui))}" if comfyui else "no ComfyUI",
+            f"torch {torch.__version__}",
+            f"Triton {triton}" if triton else "no Triton",
+            f"Python {platform.python_version()}",
+        )
+    )
+
+
+@pytest.fixture(autouse=True)
+def _like_any_other() -> Iterator[None]:
+    """Random numbers of its own for every test, and no module of ComfyUI's hidden from those that come after."""
+    torch.manual_seed(0)
+    yield
+    comfyui = os.environ.get("COMFYUI_PATH")
+    if comfyui in sys.path:
+        hiding = [folder for folder in sys.path[: sys.path.index(comfyui)] if (Path(folder) / "nodes").is_dir()]
+        assert not hiding, f"{hiding} stand before ComfyUI in sys.path, and have a package `nodes` of their own"
 
 
 @pytest.fixture(scope="session")
-def comfyui() -> Path:
+def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The source folder of a real ComfyUI, importable and set to the CPU."""
     path = os.environ.get("COMFYUI_PATH")
     if not path:
@@ -47,6 +100,7 @@ def comfyui() -> Path:
     sys.path.insert(0, path)
     import comfy.cli_args
 
+    comfy.cli_args.args.base_directory = str(tmp_path_factory.mktemp("comfyui"))
     comfy.cli_args.args.cpu = True
     comfy.cli_args.args.use_pytorch_cross_attention = True
     return Path(path)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -20,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.results_file import checked_out_commit  # noqa: E402
+from pack import comfyui_version  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "coverage.json"
 CORE_TESTS = (
@@ -81,12 +81,6 @@ def run_tests(data: Path, tests: tuple[str, ...], comfyui: Path) -> bool:
     environment = os.environ | {"COMFYUI_PATH": str(comfyui), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *command, "-m", "pytest", *chosen, *files], cwd=ROOT, env=environment)
     return done.returncode == 0
-
-
-def comfyui_version(tree: Path) -> str:
-    """Version that a source folder says it has."""
-    found = re.search(r'__version__ = "(.+)"', (tree / "comfyui_version.py").read_text("utf-8"))
-    return found[1] if found else "unknown"
 
 
 if __name__ == "__main__":

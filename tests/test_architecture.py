@@ -22,6 +22,7 @@ README = ROOT / "README.md"
 # Every module of the core with all of ours that it may import. The Triton backend, one folder, is one row.
 ARROWS = {
     "psa_core": {"attention", "config", "layout", "ordering"},
+    "capability": set(),
     "config": set(),
     "layout": set(),
     "curves": set(),
@@ -31,17 +32,18 @@ ARROWS = {
     "models.cogvideox": set(),
     "models.wan": set(),
     "official_presets": {"models.wan"},
-    "presets": {"config", "official_presets", "schedule"},
+    "yaml_text": set(),
+    "presets": {"config", "official_presets", "schedule", "yaml_text"},
     "levels": {"config"},
     "ordering": {"config", "curves", "layout"},
-    "pooling": {"ordering"},
-    "backends": {"config", "ordering"},
+    "pooling": set(),
+    "backends": {"capability", "config", "ordering"},
     "backends.reference": {"config", "importance", "levels", "ordering", "pooling"},
     "backends.triton": {"config", "ordering", "importance", "levels"},
-    "attention": {"backends", "config", "layout", "ordering"},
+    "attention": {"backends", "capability", "config", "layout", "ordering"},
     "self_check": {"attention", "backends", "config", "layout", "ordering"},
     "synthetic": set(),
-    "bench": {"attention", "backends", "config", "layout", "synthetic"},
+    "bench": {"attention", "capability", "config", "layout", "synthetic"},
 }
 # What the Triton backend shares with the reference: a rank needs a sort, which torch has, and a clamp has one home.
 SHARED_WITH_TRITON = {

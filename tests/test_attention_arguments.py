@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from psa_pack.psa_core import PSAConfig, TokenLayout, psa_attention
-from psa_pack.psa_core.backends import BackendUnavailable, triton_unavailable_reason
+from psa_pack.psa_core.backends import BackendUnavailable
+from psa_pack.psa_core.capability import reason_against
 
 LAYOUT = TokenLayout((2, 3, 4))
 CONFIG = PSAConfig(error_weight=0.1)
@@ -119,12 +120,12 @@ def test_layout_refuses(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_a_missing_triton_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    from psa_pack.psa_core import backends
+    from psa_pack.psa_core import capability
 
-    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    monkeypatch.setattr(capability, "find_spec", lambda name: None)
     for platform, package in (("linux", "triton"), ("win32", "triton-windows")):
-        monkeypatch.setattr(backends.sys, "platform", platform)
-        reason = triton_unavailable_reason(torch.device("cpu"), torch.float16)
+        monkeypatch.setattr(capability.sys, "platform", platform)
+        reason = reason_against("triton", torch.device("cpu"), torch.float16, 64)
         assert f"install the {package} release that fits torch {torch.__version__}" in str(reason)
     with pytest.raises(BackendUnavailable, match="Triton is not installed"):
         attend(backend="triton")
@@ -133,8 +134,8 @@ def test_a_missing_triton_is_named_with_its_package(monkeypatch: pytest.MonkeyPa
 def test_a_gpu_before_ampere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.version, "hip", None)
-    reason = triton_unavailable_reason(torch.device("cuda"), torch.float16)
-    assert reason == "the GPU is sm_75; the Triton kernels need sm_80 (Ampere) or newer"
+    reason = reason_against("triton", torch.device("cuda"), torch.float16, 64)
+    assert str(reason) == "the GPU is sm_75; the Triton kernels need sm_80 (Ampere) or newer"
 
 
 def test_an_explicit_request_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +145,7 @@ def test_an_explicit_request_never_falls_back(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("hip", "capability", "reason"),
+    ("hip", "version", "reason"),
     [
         (None, (7, 5), "the GPU is sm_75; the Triton kernels need sm_80 (Ampere) or newer"),
         ("6.2", (9, 0), "the Triton kernels are written for NVIDIA GPUs; AMD ones are not supported yet"),
@@ -152,13 +153,14 @@ def test_an_explicit_request_never_falls_back(monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_which_gpus_the_kernels_are_for(
-    hip: str | None, capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+    hip: str | None, version: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from psa_pack.psa_core import backends
+    from psa_pack.psa_core import capability
 
-    monkeypatch.setattr(backends, "find_spec", lambda name: object())
+    monkeypatch.setattr(capability, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert backends.triton_unavailable_reason(torch.device("cuda"), torch.bfloat16) == reason
-    said = backends.triton_unavailable_reason(torch.device("cuda"), torch.float64)
-    assert said == "Triton kernels take bf16, fp16 and fp32, not torch.float64"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: version)
+    found = capability.reason_against("triton", torch.device("cuda"), torch.bfloat16, 64)
+    assert found is None if reason is None else str(found) == reason
+    said = capability.reason_against("triton", torch.device("cuda"), torch.float64, 64)
+    assert str(said) == "Triton kernels take bf16, fp16 and fp32, not torch.float64"

@@ -84,7 +84,7 @@ def test_the_table_has_a_row_for_every_length(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "a GPU")
-    monkeypatch.setattr(bench, "triton_unavailable_reason", lambda *args: None)
+    monkeypatch.setattr(bench, "reason_against", lambda *args: None)
     monkeypatch.setattr(bench, "measure", lambda grid, *args: timing(math.prod(grid), 2.0, 1.0))
     assert main(["--frames", "3", "5", "--frame", "10", "20", "--dtype", "fp16"]) == 0
     said = capsys.readouterr().out

@@ -12,8 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks import attention, comfy_models, first_use, learned, measure, peers, sampling
 from benchmarks.results_file import ResultFile
 from psa_core import TokenLayout, psa_attention

@@ -70,7 +70,7 @@ def use_up_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def fail_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
     from psa_pack.psa_core import self_check
 
-    self_check.self_check.cache_clear()
+    self_check.check_once.cache_clear()
     monkeypatch.setitem(self_check.LIMITS, torch.float32, 0.0)
 
 
@@ -105,11 +105,11 @@ def test_a_fault_turns_one_run_dense_and_the_next_one_is_sparse_again(
 def test_without_triton_the_run_says_what_to_install(
     model: Any, dense: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from psa_pack.psa_core import backends
+    from psa_pack.psa_core import capability
 
-    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    monkeypatch.setattr(capability, "find_spec", lambda name: None)
     for platform, package in (("linux", "triton"), ("win32", "triton-windows")):
-        monkeypatch.setattr(backends.sys, "platform", platform)
+        monkeypatch.setattr(capability.sys, "platform", platform)
         patched = patch(model, **SPARSE | {"backend": "triton"})
         assert torch.equal(sample(patched), dense)
         (said,) = reasons(record(patched))

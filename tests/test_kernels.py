@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import sys
 import time
 from importlib import import_module
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from psa_pack.psa_core import PSAConfig, TokenLayout, psa_attention
-from psa_pack.psa_core.backends import reference, triton_unavailable_reason
-from psa_pack.psa_core.self_check import self_check
+from psa_pack.psa_core.backends import reference
+from psa_pack.psa_core.capability import reason_against
+from psa_pack.psa_core.self_check import check_once, representative
 from torch import Tensor
 
 from oracle import (
@@ -32,12 +36,13 @@ from oracle import (
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 # The interpreter multiplies the bits of bf16 numbers as if they were integers.
-DTYPES = [torch.float16, torch.float32] + ([torch.bfloat16] if ON_GPU else [])
+HALF = [torch.float16] + ([torch.bfloat16] if ON_GPU else [])
+DTYPES = [*HALF, torch.float32]
 
 pytestmark = [
     pytest.mark.gpu if ON_GPU else pytest.mark.interpreter,
     pytest.mark.skipif(
-        (reason := triton_unavailable_reason(torch.device(DEVICE), torch.float32)) is not None, reason=str(reason)
+        (reason := reason_against("triton", torch.device(DEVICE), torch.float32, 64)) is not None, reason=str(reason)
     ),
 ]
 
@@ -74,6 +79,23 @@ def triton_backend():
     from psa_pack.psa_core.backends import triton
 
     return triton
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no kernel has written is NaN or a huge integer, so that whoever reads it shows."""
+    package = triton_backend().__name__
+    empty = import_module(f"{package}.storage").empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        memory: Tensor = empty(*args, **kwargs)
+        huge = math.nan if memory.is_floating_point() else min(torch.iinfo(memory.dtype).max, 2**24)
+        return memory.fill_(huge)  # as an index, not so huge that a multiple of it wraps around to a small one
+
+    holders = [module for name, module in sys.modules.items() if name.startswith(package) and hasattr(module, "empty")]
+    assert len(holders) >= 4, "storage and the three steps that take memory from it"
+    for module in holders:
+        monkeypatch.setattr(module, "empty", poisoned)
 
 
 def low_precision(inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -155,7 +177,7 @@ def test_weight_zero_is_dense(dtype: torch.dtype, head_dim: int) -> None:
 
 
 @pytest.mark.parametrize("spread", [1.0, 4.0, 12.0], ids=lambda spread: f"logits up to {spread * spread:.0f}-fold")
-@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_far_apart_logits_stay_finite_and_right(dtype: torch.dtype, spread: float) -> None:
     """Where neighbouring keys say nothing of a row's largest logit, the online softmax takes over."""
     layout = TokenLayout((3, 8, 10))
@@ -172,9 +194,46 @@ def test_far_apart_logits_stay_finite_and_right(dtype: torch.dtype, spread: floa
     assert_as_exact_as(out, dense_attention(*host), unavoidable)
 
 
-def test_heads_in_chunks_change_no_bit() -> None:
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_weights_that_vanish_in_half_precision_are_done_again(dtype: torch.dtype) -> None:
+    """Where neighbouring keys cancel in their mean, its logits are far below those of each: tiny weights."""
+    layout, scale = TokenLayout((1, 16, 24)), 0.125
+    config = PSAConfig(selection="topk", levels=("block",), ranges=((0, 1),), order="raster")
+    q, k, v = random_inputs(layout, 64)
+    sign = 1 - 2 * (torch.arange(layout.tokens) % 2)[:, None]
+    q, k, v = low_precision((q / 4 + 2, k / 4 + 2 * sign, v), dtype)
+    host, order = tuple(x.cpu() for x in (q, k, v)), plan(layout, config)
+    codes = reference_codes(*host, order, config, scale)
+    mean_key = host[1].double().mean(2, keepdim=True)
+    largest = scale * (host[0].double() @ (host[1].double() - mean_key).mT).amax(-1)
+    assert largest.min() > math.log(2.0**24)  # as much less is nothing in fp16
+    out = psa_attention(q, k, v, layout=layout, config=config, scale=scale, backend="triton")
+    exact = reference_output(*host, order, config, scale, codes)
+    assert_as_exact_as(out, exact, rounding_error(*host, order, config, scale, codes))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_means_are_over_the_tokens(dtype: torch.dtype) -> None:
+    """Centred keys, and the power of values: no more and no fewer tokens than there are, however few."""
+    layout = TokenLayout((1, 3, 5), video_start=4)
+    q, k, v = low_precision(random_inputs(layout, 64, batch=BATCH, heads=2), dtype)
+    k = k + 8
+    order = plan(layout, MIXED, DEVICE)
+    prepared = triton_backend().prepare(q, k, v, order, MIXED, 0.125)
+    exact_k, exact_v = k.double().flatten(0, 1), v.double().flatten(0, 1)
+    torch.testing.assert_close(prepared.value_power.double(), exact_v.square().sum(-1).mean(-1), rtol=1e-5, atol=0)
+    centred = exact_k - exact_k.mean(1, keepdim=True)
+    tokens = order.keys.tokens.long()
+    places = (tokens >= 0).nonzero().squeeze(1)
+    rows = prepared.keys[:, places]
+    # the mean is several times what is left of a key
+    assert relative_error(rows, centred[:, tokens[places]]) < 10 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_heads_in_chunks_change_no_bit(dtype: torch.dtype) -> None:
     layout = TokenLayout((3, 8, 10))
-    q, k, v = low_precision(random_inputs(layout, 64, batch=2, heads=3), torch.float16)
+    q, k, v = low_precision(random_inputs(layout, 64, batch=2, heads=3), dtype)
     whole = psa_attention(q, k, v, layout=layout, config=MIXED, backend="triton")
     order = plan(layout, MIXED, DEVICE)
     per_head = triton_backend().workspace_bytes_per_head(q, order, MIXED)
@@ -184,9 +243,10 @@ def test_heads_in_chunks_change_no_bit() -> None:
     assert stats.density.shape == (2, 3)
 
 
-def test_same_inputs_same_bits() -> None:
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_same_inputs_same_bits(dtype: torch.dtype) -> None:
     layout = TokenLayout((3, 8, 10), video_start=7)
-    q, k, v = low_precision(random_inputs(layout, 64), torch.float16)
+    q, k, v = low_precision(random_inputs(layout, 64), dtype)
     before = torch.get_rng_state()
     runs = [psa_attention(q, k, v, layout=layout, config=MIXED, backend="triton") for _ in range(2)]
     assert torch.equal(*runs)
@@ -194,16 +254,22 @@ def test_same_inputs_same_bits() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_self_check_passes(dtype: torch.dtype) -> None:
-    self_check.__wrapped__(torch.device(DEVICE), dtype, 64, "triton")
+@pytest.mark.parametrize(
+    "config",
+    [MIXED, dataclasses.replace(TOPK, key_block=32), dataclasses.replace(CAPPED, key_block=128, variance_term=False)],
+    ids=["error", "topk", "capped"],
+)
+def test_the_self_check_passes(config: PSAConfig, dtype: torch.dtype) -> None:
+    check_once.__wrapped__(torch.device(DEVICE), dtype, 64, "triton", representative(config))
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize(
     "layout", [TokenLayout((3, 9, 11), video_start=70), TokenLayout((4, 8, 8)), TokenLayout((1, 2, 3), 4)], ids=str
 )
-def test_the_kernels_warm_up(layout: TokenLayout) -> None:
+def test_the_kernels_warm_up(layout: TokenLayout, dtype: torch.dtype) -> None:
     """Launched ahead with empty lists, the attention kernel reads and writes nothing but its own; then all are."""
-    q, k, v = low_precision(random_inputs(layout, 64), torch.float16)
+    q, k, v = low_precision(random_inputs(layout, 64), dtype)
     order = plan(layout, MIXED, DEVICE)
     import_module(f"{triton_backend().__name__}.warm_up").attend_to_nothing(q, order, MIXED, 0.125)
     triton_backend().warm_up(q, k, v, order, MIXED, 0.125)
@@ -211,14 +277,17 @@ def test_the_kernels_warm_up(layout: TokenLayout) -> None:
         torch.cuda.synchronize()
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("sm", [80, 86, 90, 100, 120])
-def test_settings_of_every_gpu_generation_are_right(sm: int, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_of_every_gpu_generation_are_right(
+    sm: int, head_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Other tile shapes than this device's own are other paths through the kernel."""
     triton = triton_backend()
     layout, config, scale = TokenLayout((2, 9, 11), video_start=5), MIXED, head_dim**-0.5
-    monkeypatch.setattr(import_module(f"{triton.__name__}.attend"), "capability", lambda device: sm)
-    q, k, v = low_precision(random_inputs(layout, head_dim, heads=1), torch.float16)
+    monkeypatch.setattr(import_module(f"{triton.__name__}.plan"), "capability", lambda device: sm)
+    q, k, v = low_precision(random_inputs(layout, head_dim, heads=1), dtype)
     host, host_order = tuple(x.cpu() for x in (q, k, v)), plan(layout, config)
     codes = reference_codes(*host, host_order, config, scale)
     order = plan(layout, config, DEVICE)
@@ -230,13 +299,53 @@ def test_settings_of_every_gpu_generation_are_right(sm: int, head_dim: int, monk
     assert_as_exact_as(out, exact, rounding_error(*host, host_order, config, scale, codes))
 
 
+SELECTIONS = {"error": MIXED, "topk": TOPK, "threshold": THRESHOLD, "capped": CAPPED}
+
+
+@pytest.mark.skipif(not ON_GPU, reason="there is no device to wait for")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", SELECTIONS.values(), ids=SELECTIONS)
+def test_a_call_never_waits_for_the_device(config: PSAConfig, dtype: torch.dtype) -> None:
+    layout = TokenLayout((3, 9, 11), video_start=5)
+    q, k, v = low_precision(random_inputs(layout, 64), dtype)
+    order = plan(layout, config, DEVICE)
+
+    def call() -> None:
+        psa_attention(q, k, v, layout=layout, config=config, order=order, backend="triton", stats=True)
+
+    call()  # compiled now
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the interpreter's memory says nothing")
+@pytest.mark.parametrize("grid", [(6, 30, 52), (21, 128, 104)], ids=["usual", "rows too long to sort in place"])
+@pytest.mark.parametrize("config", SELECTIONS.values(), ids=SELECTIONS)
+def test_a_call_takes_the_memory_it_says(config: PSAConfig, grid: tuple[int, int, int]) -> None:
+    """No more, and not much less."""
+    layout, heads = TokenLayout(grid), 2
+    q, k, v = torch.randn(3, 1, layout.tokens, heads, 128, device=DEVICE, dtype=torch.bfloat16).transpose(2, 3)
+    order = plan(layout, config, DEVICE)
+    said = heads * triton_backend().workspace_bytes_per_head(q, order, config)
+    config = dataclasses.replace(config, workspace_mib=-(-said // 2**20))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    psa_attention(q, k, v, layout=layout, config=config, order=order, backend="triton", stats=True)
+    taken = torch.cuda.max_memory_allocated() - before - q.nbytes
+    assert 0.7 * said < taken <= config.workspace_mib * 2**20, (taken / 2**20, said / 2**20)
+
+
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter's time says nothing")
 def test_the_self_check_is_quick() -> None:
     """Under 50 ms, once its kernels are compiled."""
-    arguments = (torch.device("cuda"), torch.bfloat16, 128, "triton")
-    self_check.__wrapped__(*arguments)
+    arguments = (torch.device("cuda"), torch.bfloat16, 128, "triton", representative(MIXED))
+    check_once.__wrapped__(*arguments)
     torch.cuda.synchronize()
     start = time.perf_counter()
-    self_check.__wrapped__(*arguments)
+    check_once.__wrapped__(*arguments)
     torch.cuda.synchronize()
     assert time.perf_counter() - start < 0.05

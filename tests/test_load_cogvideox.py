@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,27 @@ def test_every_tensor_of_a_released_model_has_its_name(variant: str) -> None:
     names = rename(keys)
     assert list(names) == list(keys)
     assert len(set(names.values())) == len(keys)
+
+
+@pytest.mark.parametrize("variant", RELEASED)
+def test_every_tensor_of_a_released_model_has_its_shape(variant: str) -> None:
+    from diffusers import CogVideoXTransformer3DModel
+    from psa_pack.nodes.cogvideox_keys import WrongTensors, check_shapes
+
+    with torch.device("meta"):
+        weights = CogVideoXTransformer3DModel(**RELEASED[variant] | {"num_layers": 2}).state_dict()
+    shapes = {key: tuple(weight.shape) for key, weight in weights.items()}
+    check_shapes(shapes)
+    for key, right in shapes.items():
+        for wrong in ((), (1,), right[:-1], (*right, 1), (*right[:-1], right[-1] + 1), (*right[:-1], 0)):
+            if wrong == right or (key == "patch_embed.text_proj.weight" and wrong == (right[0], right[1] + 1)):
+                continue  # another text encoder's width is no error
+            with pytest.raises(WrongTensors) as refused:
+                check_shapes(shapes | {key: wrong})
+            # Where the sizes are read from a tensor, the first other one that does not fit may be named.
+            assert re.match(r"has [\w.]+ of (shape \(.*\)|\d+ channels), which should be ", str(refused.value))
+            if len(wrong) != len(right) or 0 in wrong:
+                assert str(refused.value).startswith(f"has {key} of shape {wrong}, which should be (")
 
 
 @pytest.mark.usefixtures("cogvideox")
@@ -278,6 +300,14 @@ def test_a_lora_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     refused({}, r"lora\.safetensors is no LoRA for this CogVideoX; nothing in it takes no keys")
     refused(good | {"text_encoder.a.lora_A.weight": torch.zeros(1)}, "nothing in it takes text_encoder.a.lora_A.weight")
     refused({key: torch.zeros(5, 5) for key in good}, r"is for another size of CogVideoX; it changes diffusion_model")
+    for shape in ((), (1,), (4,), (1, 1, 1)):
+        refused(
+            {key: torch.zeros(shape) for key in good}, r"is for another size .* by \(.*\) times \(.*\), and the model"
+        )
+    down = next(key for key in good if "lora_A" in key)
+    refused(good | {down: torch.zeros(3, good[down].shape[1])}, "it changes diffusion_model.* by .*, 4\\) times \\(3, ")
+    alpha = down.replace("lora_A.weight", "alpha")
+    refused(good | {alpha: torch.zeros(2)}, f"has {alpha}, which should be one number")
     refused(good, "metadata that are no JSON object", "[1")
     refused(good, "uses use_rslora, which this node does not know", '{"transformer.use_rslora": true}')
     path.write_bytes(b"nothing")
@@ -309,16 +339,76 @@ def test_a_lora_on_another_model_is_refused(tmp_path: Path) -> None:
             lambda keys: {"transformer_blocks.999999999.norm1.linear.weight": 0},
             "it has transformer_blocks.999999999.norm1.linear.weight",
         ),
+        (
+            lambda keys: keys | {f"transformer_blocks.{'9' * 5000}.norm1.linear.weight": 0},
+            "it has transformer_blocks.9999999999999999999999999999999 ... "
+            "999999999999999999999999999999.norm1.linear.weight",
+        ),
+        (lambda keys: {f"transformer_blocks.{'9' * 5000}.norm1.linear.weight": 0}, "it has transformer_blocks.9999"),
+        (lambda keys: {"\ud800" + "k" * 5000: 0}, "it has \\ud800kkk"),
         (lambda keys: {"blocks.0.norm1.linear.weight": 0}, "is in ComfyUI's own layout already; the node Load Diff"),
     ],
 )
 def test_what_is_no_cogvideox_is_refused_with_its_first_keys(change: Any, message: str) -> None:
-    from psa_pack.nodes.cogvideox_keys import WrongKeys, rename
+    from psa_pack.nodes.cogvideox_keys import WrongTensors, rename
 
     keys = dict.fromkeys(diffusers_model("1.5 5b").state_dict(), 0)
-    with pytest.raises(WrongKeys) as error:
+    with pytest.raises(WrongTensors) as error:
         rename(change(keys))
     assert message in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.usefixtures("cogvideox")
+@pytest.mark.parametrize(
+    ("key", "shape", "message"),
+    [
+        ("norm_final.weight", (1,), "norm_final.weight of 1 channels, which should be a multiple of 64"),
+        ("norm_final.weight", (), "norm_final.weight of shape (), which should be (its width)"),
+        ("time_embedding.linear_1.weight", (), "time_embedding.linear_1.weight of shape (), which should be (time"),
+        ("patch_embed.proj.weight", (), "patch_embed.proj.weight of shape (), which should be (width, channels of a p"),
+        ("patch_embed.proj.weight", (192, 16, 4, 4), "patch_embed.proj.weight of shape (192, 16, 4, 4), which should"),
+        ("proj_out.weight", (8, 192), "proj_out.weight of shape (8, 192), which should be (64, 192)"),
+        ("patch_embed.pos_embedding", (17776,), "patch_embed.pos_embedding of shape (17776,), which should be (1, 177"),
+        ("patch_embed.pos_embedding", (1, 5, 192), "patch_embed.pos_embedding of shape (1, 5, 192), which should be ("),
+        (
+            "transformer_blocks.1.attn1.norm_q.weight",
+            (1,),
+            "transformer_blocks.1.attn1.norm_q.weight of shape (1,), which should be (64,)",
+        ),
+        (
+            "transformer_blocks.0.norm1.linear.weight",
+            (),
+            "transformer_blocks.0.norm1.linear.weight of shape (), which should be (1152, 64)",
+        ),
+    ],
+)
+def test_a_weight_of_another_shape_is_named(key: str, shape: tuple[int, ...], message: str, tmp_path: Path) -> None:
+    path = save(diffusers_model("5b i2v"), tmp_path)
+    save_file(load_file(path) | {key: torch.zeros(shape)}, path)
+    with pytest.raises(ValueError) as refused:
+        load(path)
+    assert str(refused.value).startswith(f"model_name: {path.name} has {message}")
+
+
+@pytest.mark.usefixtures("cogvideox")
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3)])
+def test_weights_all_of_one_odd_shape_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    path = save(diffusers_model("1.5 5b i2v"), tmp_path)
+    save_file({key: torch.zeros(shape) for key in load_file(path)}, path)
+    with pytest.raises(ValueError, match=rf"model_name: {path.name} has [\w.]+ of "):
+        load(path)
+
+
+@pytest.mark.usefixtures("cogvideox")
+@pytest.mark.parametrize("name", ["s" * 5000, "\ud800", "\x00", "gone", "n" * 240])
+def test_an_index_that_names_an_odd_file_is_refused(name: str, tmp_path: Path) -> None:
+    index = tmp_path / f"{MODEL}.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": f"{name}.safetensors"}}))
+    with pytest.raises(ValueError, match=rf"^model_name: {index.name} names files that are not beside it: ") as refused:
+        load(index)
+    assert len(str(refused.value)) < 300
+    str(refused.value).encode()
 
 
 @pytest.mark.usefixtures("cogvideox")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,91 @@ def test_a_broken_file_leaves_the_others_and_says_what_is_wrong(
     assert own == ["user/good/mine"]
     assert "broken.yaml: preset 'mine': settings: unknown key 'error_wait'" in caplog.text
     assert "unknown key 'error_wait'" in loader.validate_inputs("user/broken/mine")
+
+
+OFFICIAL_HEX_NAME = OFFICIAL_PRESET.replace("mine:", "0x" + "f" * 4000 + ":")
+HOSTILE = [
+    OFFICIAL_HEX_NAME,
+    OFFICIAL_PRESET.replace("Wan2.1_14b:", "0x" + "f" * 4000 + ":"),
+    USER_PRESET.replace("mine", "0x" + "f" * 4000),
+    USER_PRESET.replace("0.5", "0x" + "f" * 4000),
+    USER_PRESET.replace("0.5", "1" * 4301),
+    USER_PRESET.replace("0.5", "1:30"),
+    "[" * 30000,
+    "{a: " * 8000,
+    "\x00",
+    "family: \ud800",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: repr(text[:20]))
+def test_whatever_a_file_holds_the_others_are_listed(nodes: dict[str, Any], user_folder: Path, text: str) -> None:
+    assert OFFICIAL_HEX_NAME != OFFICIAL_PRESET
+    folder = user_folder / "psa_presets"
+    folder.mkdir()
+    (folder / "first.yaml").write_text(USER_PRESET)
+    (folder / "hostile.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
+    (folder / "last.yml").write_text(USER_PRESET)
+    loader = nodes["PSAPresetLoader"]
+    own = [name for name in inputs(loader)["preset"][1]["options"] if name.startswith("user/")]
+    assert own == ["user/first/mine", "user/last/mine"]
+    assert "hostile.yaml: " in loader.validate_inputs("user/hostile/mine")
+
+
+@pytest.mark.parametrize("error", [RecursionError, MemoryError, OverflowError, KeyError, ValueError])
+def test_whatever_the_parser_does_the_others_are_listed(
+    nodes: dict[str, Any],
+    user_folder: Path,
+    error: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from psa_pack.psa_core import yaml_text
+
+    folder = user_folder / "psa_presets"
+    folder.mkdir()
+    (folder / "good.yaml").write_text(USER_PRESET)
+    (folder / "hostile.yaml").write_text("HOSTILE")
+    read = yaml_text.read
+
+    def fail(text: str) -> Any:
+        if text == "HOSTILE":
+            raise error("out of order")
+        return read(text)
+
+    monkeypatch.setattr(yaml_text, "read", fail)
+    own = [name for name in inputs(nodes["PSAPresetLoader"])["preset"][1]["options"] if name.startswith("user/")]
+    assert own == ["user/good/mine"]
+    assert "leaving out a preset file: hostile.yaml: " in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes on Windows")
+def test_a_pipe_is_not_waited_for(nodes: dict[str, Any], user_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = user_folder / "psa_presets"
+    folder.mkdir()
+    os.mkfifo(folder / "a.yaml")
+    (folder / "b.yaml").symlink_to("b.yaml")
+    (folder / "c.yaml").symlink_to("nowhere")
+    (folder / "d.yaml").mkdir()
+    (folder / "good.yaml").write_text(USER_PRESET)
+    loader = nodes["PSAPresetLoader"]
+    own = [name for name in inputs(loader)["preset"][1]["options"] if name.startswith("user/")]
+    assert own == ["user/good/mine"]
+    for name in "abcd":
+        assert f"leaving out a preset file: {name}.yaml: cannot be read (" in caplog.text
+        assert str(loader.validate_inputs(f"user/{name}/mine")).startswith(f"{name}.yaml: cannot be read (")
+        assert loader.fingerprint_inputs(f"user/{name}/mine").startswith(f"{name}.yaml: cannot be read (")
+
+
+def test_of_two_endings_the_first_counts(nodes: dict[str, Any], user_folder: Path) -> None:
+    folder = user_folder / "psa_presets"
+    folder.mkdir()
+    (folder / "own.yml").write_text(USER_PRESET)
+    loader = nodes["PSAPresetLoader"]
+    assert loader.execute("user/own/mine").args[0].config.error_weight == 0.5
+    (folder / "own.yaml").write_text(USER_PRESET.replace("0.5", "0.25"))
+    assert loader.execute("user/own/mine").args[0].config.error_weight == 0.25
+    assert inputs(loader)["preset"][1]["options"].count("user/own/mine") == 1
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed; `make test` installs it")
 pytest.importorskip("adjustText", reason="adjustText is not installed; `make test` installs it")
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import plot
 

@@ -17,7 +17,15 @@ from typing import Any
 
 import pytest
 import yaml
-from psa_pack.psa_core.presets import MAX_FILE_BYTES, MAX_MESSAGE, Preset, PresetError, load_presets
+from psa_pack.psa_core.presets import (
+    MAX_FILE_BYTES,
+    MAX_MESSAGE,
+    Preset,
+    PresetError,
+    dump_preset,
+    load_presets,
+    parse_presets,
+)
 
 from conftest import FUZZ, ROOT, cases
 
@@ -43,9 +51,10 @@ SNIPPETS = [
     "!!python/object/apply:os.system ['touch x']", "!!python/name:os.system", "!!python/module:os", "!!int ''",
     "!!timestamp x", "!!binary '%%%'", "!!set {a}", "!<tag:yaml.org,2002:python/tuple> [1]", "!x y", "! z",
     "&a [*a]", "*a", "&a [x]", "<<: {a: 1}", "? [1]: 2", '"\\UFFFFFFFF"', '"\\ud800"', "0x" + "f" * 400,
-    "0x" + "f" * 9000, "1" * 5000, "0b_", "0x_", "190:59:59", ".inf", ".nan", "1e999", "[" * 900, "{a: " * 300,
-    "- " * 900, "%YAML 9.9", "%TAG ! tag:x,2000:", "---", "...", "\t", "\ufeff", "\x85", "\u2028", "|", ">-", "'", '"',
-    "a: &a [x,x,x]\nb: &b [*a,*a,*a]\nc: &c [*b,*b,*b]", "#", "? ", ": ", "[]", "{}", "@", "`",
+    "0x" + "f" * 4000, "? 0x" + "f" * 4000, "0x" + "f" * 9000, "1" * 5000, "0b_", "0x_", "190:59:59", "1:30", "010",
+    "0o17", "1_000", "0b11", "on", "no", "2024-01-01", "2024-01-01T00:00:00Z", "=", ".inf", ".nan", "1e999", "[" * 900,
+    "{a: " * 300, "- " * 900, "%YAML 9.9", "%TAG ! tag:x,2000:", "---", "...", "\t", "\ufeff", "\x85", "\u2028", "|",
+    ">-", "'", '"', "a: &a [x,x,x]\nb: &b [*a,*a,*a]\nc: &c [*b,*b,*b]", "#", "? ", ": ", "[]", "{}", "@", "`",
 ]  # fmt: skip
 
 
@@ -214,6 +223,44 @@ def test_broken_preset_files_are_refused(tmp_path: Path, watch: Watch) -> None:
             with watch.only_reads(tmp_path):
                 errors += refused(load, data)
     assert errors > 0.5 * total  # the others are broken in a place that does not matter, such as a description
+
+
+OWN = """
+family: x
+source: s
+presets:
+  a: {description: d, error_weight: 1, levels: [1, 8], key_block: 64, schedule: {start_percent: 0, min_tokens: 5}}
+  b: {selection: topk, levels: {1: [0, 0.5], 2: [0.5, 1]}, similarity_caps: {2: 0.5}, variance_term: false}
+"""
+SCALARS = [
+    *(form.format(digits * length) for form in ("{}", "-{}", "0{}", "0x{}", "0o{}", "0b{}", "1e{}", "{}.5", "1_{}")
+      for digits in "17f" for length in (1, 20, 400, 4000, 4400)),
+    "1:30", "-1:30.5", "010", "08", "1_000", "on", "off", "yes", "no", "y", "~", "", "null", "=", "<<", ".inf", "-.INF",
+    ".nan", "2024-01-01", "2024-99-99", "2024-01-01T00:00:00Z", "true", "1e400", "\u0661\u0662", "1 000", "0x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("source", [OWN, OFFICIAL], ids=["own", "official"])
+def test_an_odd_scalar_in_any_place_is_refused_or_meant(source: str, tmp_path: Path, watch: Watch) -> None:
+    """In the place of every key and value of a file; what is taken for a preset can be shown and written."""
+    path, lines = tmp_path / "odd.yaml", yaml.safe_dump(_loaded(source), default_flow_style=False).splitlines()
+    places = [(at, colon) for at, line in enumerate(lines) for colon in (True, False) if ":" in line]
+    chance = random.Random(SEED)
+    load_presets(ROOT / "presets" / "wan2.1_14b.yaml")  # imports
+    for scalar in SCALARS:
+        for at, key in chance.sample(places, min(len(places), cases(12))):
+            before, _, after = lines[at].partition(":")
+            indent = before[: len(before) - len(before.lstrip(" -"))]
+            changed = f"{indent}{scalar}:{after}" if key else f"{before}: {scalar}"
+            path.write_text("\n".join([*lines[:at], changed, *lines[at + 1 :]]), encoding="utf-8")
+
+            def load() -> None:
+                for preset in load_presets(path).values():
+                    repr(preset)
+                    assert parse_presets(dump_preset(preset), "again.yaml") == {preset.name: preset}
+
+            with watch.only_reads(tmp_path):
+                refused(load, changed[:80])
 
 
 def test_odd_names_reach_no_other_file(user_folder: Path, watch: Watch) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
 import psa_pack  # noqa: F401  (named, so that a run of this file alone loads the pack)
 import pytest
-from psa_pack.psa_core.presets import Preset, PresetError, parse_presets
+from psa_pack.psa_core.presets import Preset, PresetError, load_presets, parse_presets
 from psa_pack.psa_core.schedule import BlockList
 
 TOPK = "family: wan\npresets: {ranked: {selection: topk, levels: {1: [0, 0.2], 8: [0.2, 1]}, order: raster}}"
@@ -67,10 +68,20 @@ def test_what_is_given_replaces_the_bases(node: Any, base: Preset) -> None:
     assert made.source == f"changed from {base.family} {base.name}"
 
 
-def test_without_a_base_the_rest_takes_defaults(node: Any) -> None:
-    made = make(node, error_weight=0.02)
-    assert made.config == type(made.config)(error_weight=0.02)
-    assert made.source == "made in the graph"
+def test_without_a_base_the_rest_is_a_bundled_presets(node: Any, base: Preset) -> None:
+    made = make(node, error_weight=0.02, min_tokens=7)
+    assert made.config == dataclasses.replace(base.config, error_weight=0.02)
+    assert made.schedule == dataclasses.replace(base.schedule, min_tokens=7)
+    assert (made.name, made.family) == ("mine", "own")
+    assert make(node, selection="topk", levels="{1: [0, 1]}").config.ranges == ((0, 1),)
+
+
+def test_the_node_runs_as_it_is_placed(node: Any, base: Preset) -> None:
+    schema = node.GET_SCHEMA()
+    preset, text = node.execute(**{entry.id: entry.default for entry in schema.inputs if entry.id != "base"}).args
+    assert (preset.name, preset.family, preset.source) == ("mine", "own", "made in the graph")
+    assert (preset.config, preset.schedule) == (base.config, base.schedule)
+    assert parse_presets(text, "text") == {"mine": preset}
 
 
 def test_another_selection_drops_what_belonged_to_the_old_one(node: Any, base: Preset) -> None:
@@ -143,7 +154,7 @@ def test_a_file_that_differs_stays_unless_it_may_be_replaced(node: Any, user_fol
     make(node, error_weight=0.1, save=True)  # the same again is no conflict
     with pytest.raises(ValueError) as refused:
         make(node, error_weight=0.2, save=True)
-    assert str(refused.value) == f"name: {path} is there already; take another name or set overwrite"
+    assert str(refused.value) == "name: psa_presets/mine.yaml is there already; take another name or set overwrite"
     assert path.read_bytes() == before
     make(node, error_weight=0.2, save=True, overwrite=True)
     assert b"error_weight: 0.2" in path.read_bytes()
@@ -153,21 +164,99 @@ def test_a_folder_that_cannot_be_written_is_named(node: Any, user_folder: Path) 
     (user_folder / "psa_presets").write_text("a file, where the folder should be")
     with pytest.raises(ValueError) as refused:
         make(node, error_weight=0.1, save=True)
-    path = user_folder / "psa_presets/mine.yaml"
-    assert str(refused.value).startswith(f"save: {path} cannot be written (")
+    assert str(refused.value).startswith("save: psa_presets/mine.yaml cannot be written (")
 
 
 def test_a_write_that_fails_costs_nothing(node: Any, user_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(node, error_weight=0.1, save=True)
     before = (user_folder / "psa_presets/mine.yaml").read_bytes()
 
-    def full(self: Path, text: str, *args: Any, **kwargs: Any) -> int:
-        self.write_bytes(text.encode()[:10])
+    def full(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[:10])
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(ValueError) as refused:
         make(node, error_weight=0.2, save=True, overwrite=True)
     assert os.strerror(28) in str(refused.value)
     assert [path.name for path in (user_folder / "psa_presets").iterdir()] == ["mine.yaml"]
     assert (user_folder / "psa_presets/mine.yaml").read_bytes() == before
+
+
+def refuse_what_is_there(node: Any, path: Path) -> None:
+    with pytest.raises(ValueError) as refused:
+        make(node, save=True)
+    assert str(refused.value) == f"name: psa_presets/{path.name} is there already; take another name or set overwrite"
+
+
+def replace_what_is_there(node: Any, path: Path) -> None:
+    made = make(node, save=True, overwrite=True)
+    assert path.is_file() and not path.is_symlink()
+    assert load_presets(path) == {"mine": made}
+
+
+@pytest.fixture
+def place(user_folder: Path) -> Path:
+    """Where the node saves a preset called mine."""
+    (user_folder / "psa_presets").mkdir()
+    return user_folder / "psa_presets/mine.yaml"
+
+
+@pytest.mark.parametrize("held", [b"family: \xe9", b"\x80\x81", b"", b"#" * 40000], ids=lambda held: repr(held[:12]))
+def test_a_file_that_is_no_preset_stays_unless_it_may_be_replaced(node: Any, place: Path, held: bytes) -> None:
+    place.write_bytes(held)
+    refuse_what_is_there(node, place)
+    assert place.read_bytes() == held
+    replace_what_is_there(node, place)
+
+
+@pytest.mark.parametrize("target", ["nowhere.yaml", "mine.yaml", "."])
+def test_a_link_stays_unless_it_may_be_replaced(node: Any, place: Path, target: str) -> None:
+    try:
+        place.symlink_to(target)  # to nothing, to itself, to a folder
+    except OSError as error:
+        pytest.skip(f"links cannot be made here: {error}")
+    refuse_what_is_there(node, place)
+    assert os.readlink(place) == target
+    replace_what_is_there(node, place)
+    assert [path.name for path in place.parent.iterdir()] == ["mine.yaml"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes on Windows")
+def test_a_pipe_stays_unless_it_may_be_replaced(node: Any, place: Path) -> None:
+    os.mkfifo(place)
+    refuse_what_is_there(node, place)
+    assert place.is_fifo()
+    replace_what_is_there(node, place)
+
+
+def test_a_folder_in_the_files_place_is_named(node: Any, place: Path) -> None:
+    place.mkdir()
+    refuse_what_is_there(node, place)
+    with pytest.raises(ValueError, match=r"save: psa_presets/mine\.yaml cannot be written \("):
+        make(node, save=True, overwrite=True)
+
+
+def test_a_file_with_the_other_ending_is_the_same_file(node: Any, place: Path) -> None:
+    other = place.with_suffix(".yml")
+    other.write_text(TILED)
+    refuse_what_is_there(node, other)
+    replace_what_is_there(node, other)
+    assert not place.exists()
+
+
+def test_what_could_not_be_read_again_is_not_saved(node: Any, place: Path, base: Preset) -> None:
+    with pytest.raises(ValueError, match=r"save: psa_presets/mine\.yaml would be longer than the allowed 32768 bytes"):
+        make(node, base=dataclasses.replace(base, description="\u97f3" * 11000), save=True)
+    assert not place.exists()
+
+
+def test_no_message_shows_where_the_user_folder_is(node: Any, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise PermissionError(13, os.strerror(13), str(place))
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(ValueError) as refused:
+        make(node, save=True)
+    assert str(refused.value) == f"save: psa_presets/mine.yaml cannot be written ({os.strerror(13)})"

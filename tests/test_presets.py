@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from psa_pack.psa_core.config import PSAConfig
 from psa_pack.psa_core.models import cogvideox
 from psa_pack.psa_core.models.wan import FAMILIES, WAN21_1_3B, WAN21_14B, WAN22_A14B, Detected, detect_family
-from psa_pack.psa_core.presets import MAX_FILE_BYTES, Preset, PresetError, dump_preset, load_presets, parse_presets
+from psa_pack.psa_core.presets import (
+    MAX_FILE_BYTES,
+    Preset,
+    PresetError,
+    change,
+    dump_preset,
+    load_presets,
+    parse_presets,
+)
 from psa_pack.psa_core.schedule import BlockList, Schedule
 
 from conftest import ROOT
@@ -210,25 +223,35 @@ def test_a_wrong_setting_is_refused_with_file_preset_and_what_is_allowed(setting
         ("family: a/b\npresets: {a: {error_weight: 1}}", "family: 'a/b' is not a name"),
         ("family: wan", "presets: None is not a mapping of at least one name"),
         ("family: wan\npresets: {}", "presets: {} is not a mapping of at least one name"),
-        ("family: wan\npresets: {off: {error_weight: 1}}", "preset name: False is not a name"),
+        ("family: wan\npresets: {false: {error_weight: 1}}", "preset name: False is not a name"),
         ("family: wan\npresets: {a: 1}", "preset 'a': settings: 1 is not a mapping"),
         ("family: wan\nfamily: wan", "line 2: key 'family' is given twice"),
         ("family: wan\npresets:\n  a: {error_weight: 1, error_weight: 2}", "line 3: key 'error_weight' is given twice"),
         ("family: &name wan\npresets: {}", "line 1: anchors (&) and aliases (*) are not allowed"),
         ("family: *name", "line 1: anchors (&) and aliases (*) are not allowed"),
         ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "line 1: anchors (&) and aliases (*) are not allowed"),
-        ("family: wan\npresets: {a: {<<: {error_weight: 1}}}", "line 2: could not determine a constructor"),
+        ("family: wan\npresets: {a: {<<: {error_weight: 1}}}", "settings: unknown key '<<'"),
         ("family: !!python/object/apply:os.getcwd []", "tags (tag:yaml.org,2002:python/object/apply:os"),
         ("family: !!int ''", "line 1: tags (tag:yaml.org,2002:int) are not allowed"),
         ('family: "\\UFFFFFFFF"', "is not readable YAML"),
-        ("family: wan\npresets: {a: {error_weight: 0x" + "f" * 500 + "}}", "is not a number from 0 (dense) to 1e6"),
-        ("family: wan\npresets: {a: {error_weight: 0x" + "f" * 9000 + "}}", "Exceeds the limit"),
+        ("family: wan\npresets: {a: {error_weight: 0x" + "f" * 18 + "}}", "is not a number from 0 (dense) to 1e6"),
+        *(
+            (
+                f"family: wan\npresets: {{a: {{{key}: 0x{'f' * 4000}}}}}",
+                "fff is longer than a whole number of 20 characters",
+            )
+            for key in ("error_weight", "key_block", "schedule")
+        ),
+        (
+            "family: wan\npresets: {a: {error_weight: 1, schedule: {min_tokens: 2147483648}}}",
+            "min_tokens: 2147483648 is not a whole number of tokens from 0 to 2147483647",
+        ),
         ("family: [", "line 1: "),
         ("a: 1\n---\nb: 2", "line 2: "),
         ("? [1, 2]\n: 3", "line 1: [1, 2] cannot be a key"),
-        ("a: 2024-99-99", "is not readable YAML"),
+        ("a: 2024-99-99", "file: unknown key 'a'"),
         ("a: \x00", "is not readable YAML"),
-        ("a: " + "1" * 5000, "is not readable YAML"),
+        ("a: " + "1" * 5000, "111 is longer than a whole number of 20 characters"),
         ("[" * 20000, "is not readable YAML"),
     ],
 )
@@ -237,6 +260,96 @@ def test_what_is_no_preset_file_is_refused(text: str, message: str) -> None:
         parse_presets(text, "odd.yaml")
     assert str(error.value).startswith("odd.yaml: ")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("0", 0), ("-0", 0), ("+7", 7), ("010", 10), ("0o10", 8), ("0x1F", 31), ("1e-3", 0.001), ("1E+2", 100.0),
+        (".5", 0.5), ("5.", 5.0), ("1_0", None), ("0b11", None), ("1:30", None), ("1:30.5", None), ("on", None),
+        ("true", None), ("~", None), ("2024-01-01", None), (".inf", None), ("-.INF", None), (".NaN", None), ("=", None),
+        ("0x", None), ("0o8", None), ("1e7", None), ("1e999", None), ("\u0661", None), ("'1'", None), ("1 000", None),
+        ("1,5", None), ("9" * 21, None),
+    ],
+)  # fmt: skip
+def test_a_number_means_what_it_means_to_people(written: str, value: float | None) -> None:
+    """YAML 1.1 takes 1:30 for ninety, 010 for eight, on for true, 1_0 for ten and 2024-01-01 for a date."""
+    if value is not None:
+        weight = parse(f"error_weight: {written}").config.error_weight
+        assert weight == value and type(weight) is type(value)
+    else:
+        with pytest.raises(PresetError, match=r"mine\.yaml: "):
+            parse(f"error_weight: {written}")
+
+
+@pytest.mark.parametrize("written", ["no", "off", "n", "No", "OFF", "0", "'false'", "~"])
+def test_only_false_is_false(written: str) -> None:
+    assert parse("error_weight: 1, variance_term: false").config.variance_term is False
+    with pytest.raises(PresetError, match="variance_term: "):
+        parse(f"error_weight: 1, variance_term: {written}")
+
+
+WORDS = ["off", "no", "1e5", "0o17", "0x1F", "010", "1:30", "2024-01-01", "1_0", "null", "~", "true", ".nan", "=", "<<"]
+
+
+@given(st.one_of(st.sampled_from(WORDS), st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=80)))
+def test_any_text_survives_being_written(text: str) -> None:
+    preset = dataclasses.replace(parse("error_weight: 1"), description=text, source=text)
+    written = dump_preset(preset)
+    assert parse_presets(written, "again.yaml") == {"mine": preset}
+    assert yaml.safe_load(written)["presets"]["mine"]["description"] == text  # YAML 1.1
+
+
+@pytest.mark.parametrize("name", [word for word in WORDS if re.fullmatch(r"[\w.-]+", word)])
+def test_any_name_survives_being_written(name: str) -> None:
+    preset = dataclasses.replace(parse("error_weight: 1"), name=name, family=name)
+    assert parse_presets(dump_preset(preset), "again.yaml") == {name: preset}
+
+
+def test_only_what_is_given_changes() -> None:
+    base = parse("error_weight: 1, key_block: 32, schedule: {min_tokens: 5, dense_blocks: '0, -1'}")
+    base = dataclasses.replace(base, config=dataclasses.replace(base.config, workspace_mib=64))
+    assert change(base, {}, {}) == base
+    made = change(base, {"error_weight": 2, "levels": [1, "block"]}, {"end_percent": 0.5}, name="new")
+    assert made == Preset(
+        "new",
+        base.family,
+        base.description,
+        "changed from wan2.1_14b mine",
+        dataclasses.replace(base.config, error_weight=2, levels=(1, "block")),
+        dataclasses.replace(base.schedule, end_percent=0.5),
+    )
+    blocks = BlockList.parse("3")
+    assert change(base, {}, {"dense_blocks": blocks}, source="s").schedule.dense_blocks == blocks
+    assert change(base, {}, {}, source="s").source == "s"
+
+
+@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
+def test_a_preset_without_changes_is_the_same(path: Path) -> None:
+    for preset in load_presets(path).values():
+        assert change(preset, {}, {}) == preset
+
+
+@pytest.mark.parametrize(
+    ("settings", "schedule", "name", "message"),
+    [
+        ({"error_wait": 1}, {}, None, "settings: unknown key 'error_wait'; allowed are selection, levels"),
+        ({"description": "d"}, {}, None, "settings: unknown key 'description'"),
+        ({"workspace_mib": 1}, {}, None, "settings: unknown key 'workspace_mib'"),
+        ({"error_weight": None}, {}, None, "error_weight: has no value; give one or leave the key out"),
+        ({}, {"start": 0}, None, "schedule: unknown key 'start'; allowed are start_percent"),
+        ({}, {"dense_blocks": "x"}, None, "dense_blocks: 'x' in 'x' is neither a block"),
+        ({}, {}, "a/b", "name: 'a/b' is not a name of 1 to 64 letters"),
+        ({"levels": "x" * 9000}, {}, None, "xxx' is not a non-empty tuple of 1, 2, 4, 8, 'block', 'skip'"),
+    ],
+)
+def test_a_change_that_cannot_be_is_refused(
+    settings: dict[str, Any], schedule: dict[str, Any], name: str | None, message: str
+) -> None:
+    with pytest.raises(PresetError) as error:
+        change(parse("error_weight: 1"), settings, schedule, name=name)
+    assert message in str(error.value)
+    assert len(str(error.value)) < 620
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
@@ -248,6 +361,15 @@ def test_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder.yaml").mkdir()
     with pytest.raises(PresetError, match=r"folder\.yaml: cannot be read"):
         load_presets(tmp_path / "folder.yaml")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes on Windows")
+def test_what_would_never_end_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        with pytest.raises(PresetError, match=rf"{name}\.yaml: cannot be read \(it is no regular file\)"):
+            load_presets(tmp_path / f"{name}.yaml")
 
 
 def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:

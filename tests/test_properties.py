@@ -16,7 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from psa_pack.psa_core import PSAConfig, TokenLayout, psa_attention
-from psa_pack.psa_core.backends import reference, triton_unavailable_reason
+from psa_pack.psa_core.backends import reference
+from psa_pack.psa_core.capability import reason_against
 from torch import Tensor
 
 from conftest import cases
@@ -243,7 +244,7 @@ def test_what_is_not_finite_stays_in_its_head(
 
 
 interpreted = pytest.mark.skipif(
-    (reason := triton_unavailable_reason(torch.device("cpu"), torch.float32)) is not None, reason=str(reason)
+    (reason := reason_against("triton", torch.device("cpu"), torch.float32, 64)) is not None, reason=str(reason)
 )
 
 

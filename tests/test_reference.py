@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -228,3 +229,50 @@ def test_no_global_random_generator_moves() -> None:
     second = psa_attention(q, k, v, layout=layout, config=MIXED, backend="reference")
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("config", [MIXED, CAPPED], ids=["error", "capped"])
+def test_parts_change_nothing(config: PSAConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all of a step is too much at a time, it is done in parts."""
+    layout = TokenLayout((3, 9, 11), video_start=21)
+    q, k, v = random_inputs(layout, 64, batch=2)
+    whole, stats = psa_attention(q, k, v, layout=layout, config=config, backend="reference", stats=True)
+    monkeypatch.setattr(reference, "PART", 1)
+    out, counted = psa_attention(q, k, v, layout=layout, config=config, backend="reference", stats=True)
+    assert relative_error(out, whole) < 1e-14
+    assert torch.equal(counted.level_pairs, stats.level_pairs) and torch.equal(counted.density, stats.density)
+
+
+def gradients(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of a weighted sum of the output, with respect to each input."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = attend(*leaves)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    return torch.autograd.grad((out * weights).sum(), leaves)
+
+
+def test_the_gradient_at_weight_zero_is_dense_attentions() -> None:
+    layout, config = TokenLayout((2, 8, 9), video_start=21), PSAConfig(error_weight=0.0)
+    inputs = random_inputs(layout, 64, batch=2)
+    expected = gradients(dense_attention, inputs)
+    actual = gradients(lambda q, k, v: psa_attention(q, k, v, layout=layout, config=config), inputs)
+    assert max(map(relative_error, actual, expected)) < 1e-12
+
+
+def test_the_gradient_is_the_outputs_slope() -> None:
+    """At the levels taken, which a small step does not change: pooled keys and second-order terms have theirs."""
+    layout = TokenLayout((3, 9, 11))
+    inputs = random_inputs(layout, 64, heads=1)
+    config = dataclasses.replace(TOPK, levels=(1, 2, 4, 8, "block"))  # ranks change less easily than errors
+    step = [1e-6 * x for x in random_inputs(layout, 64, heads=1, seed=1)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return psa_attention(q, k, v, layout=layout, config=config)
+
+    def loss(inputs: tuple[Tensor, ...]) -> Tensor:
+        out = attend(*inputs)
+        return (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum()
+
+    ahead, behind = (tuple(x + sign * d for x, d in zip(inputs, step, strict=True)) for sign in (1, -1))
+    slope = sum((g * d).sum() for g, d in zip(gradients(attend, inputs), step, strict=True))
+    assert float(loss(ahead) - loss(behind)) / 2 == pytest.approx(float(slope), rel=1e-5)

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import random
-import sys
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from psa_pack.psa_core import TokenLayout
-from psa_pack.psa_core.backends import triton_unavailable_reason
+from psa_pack.psa_core.capability import reason_against
 
-from conftest import ROOT
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from benchmarks import reliability
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUT = TokenLayout((2, 5, 7), video_start=3)
 
 pytestmark = pytest.mark.skipif(
-    (reason := triton_unavailable_reason(torch.device(DEVICE), torch.float32)) is not None, reason=str(reason)
+    (reason := reason_against("triton", torch.device(DEVICE), torch.float32, 64)) is not None, reason=str(reason)
 )
 
 
-@pytest.fixture(scope="module")
-def reliability() -> ModuleType:
-    sys.path.insert(0, str(ROOT))
-    return import_module("benchmarks.reliability")
-
-
-def test_a_shape_passes(reliability: ModuleType) -> None:
+def test_a_shape_passes() -> None:
     variant = reliability.VARIANTS[4]
     inputs = reliability.make_inputs(random.Random(0), variant, LAYOUT)
     share, wrong = reliability.compare(variant, LAYOUT, *inputs)
@@ -37,7 +30,7 @@ def test_a_shape_passes(reliability: ModuleType) -> None:
     assert 0 < share <= 1
 
 
-def test_rows_that_nothing_is_written_to_are_found(reliability: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_nothing_is_written_to_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     variant = reliability.VARIANTS[4]
     inputs = reliability.make_inputs(random.Random(0), variant, LAYOUT)
     attend = reliability.triton.attend
@@ -53,7 +46,7 @@ def test_rows_that_nothing_is_written_to_are_found(reliability: ModuleType, monk
     assert "the result depends on memory that nothing was written to" in wrong
 
 
-def test_without_a_sanitizer_the_reason_is_said(reliability: ModuleType) -> None:
+def test_without_a_sanitizer_the_reason_is_said() -> None:
     assert reliability.sanitize("memcheck", None, 1) == {
         "state": "not run",
         "reason": "compute-sanitizer is not installed",
@@ -70,7 +63,7 @@ def test_without_a_sanitizer_the_reason_is_said(reliability: ModuleType) -> None
     ],
 )
 def test_what_a_sanitizer_says_of_the_tests(
-    reliability: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str, code: int, state: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str, code: int, state: str
 ) -> None:
     monkeypatch.setattr(reliability, "DEVICE", "cuda")
     sanitizer = tmp_path / "sanitizer"

@@ -71,8 +71,8 @@ def test_text_and_block_list_say_the_same(ranges: list[tuple[int, int]]) -> None
         ({"start_percent": True}, "start_percent: True is not a number from 0 to 1"),
         ({"start_percent": "0.2"}, "start_percent: '0.2' is not a number from 0 to 1"),
         ({"start_percent": 0.5, "end_percent": 0.5}, "start_percent: 0.5 is not below end_percent, 0.5"),
-        ({"min_tokens": -1}, "min_tokens: -1 is not a whole number of tokens from 0 up"),
-        ({"min_tokens": 1.0}, "min_tokens: 1.0 is not a whole number of tokens from 0 up"),
+        ({"min_tokens": -1}, "min_tokens: -1 is not a whole number of tokens from 0 to 2147483647"),
+        ({"min_tokens": 1.0}, "min_tokens: 1.0 is not a whole number of tokens from 0 to 2147483647"),
         ({"dense_blocks": "0"}, "dense_blocks: '0' is not a BlockList"),
     ],
 )

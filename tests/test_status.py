@@ -16,7 +16,8 @@ import aiohttp
 import pytest
 import torch
 from aiohttp import web
-from psa_pack.psa_core import PSAConfig, TokenLayout
+from psa_pack.psa_core import PSAConfig, TokenLayout, capability
+from psa_pack.psa_core.backends import BackendUnavailable
 from psa_pack.psa_core.presets import Preset
 from psa_pack.psa_core.schedule import Schedule
 
@@ -259,12 +260,19 @@ def test_a_sentence_is_said_in_either_language_and_its_parts_too() -> None:
 
 
 def backend_error() -> Exception:
-    from psa_pack.nodes.session import DeviceNotServed
-
-    return DeviceNotServed(torch.device("mps"))
+    return BackendUnavailable(capability.Reason("only_reference", {"device": "mps"}))
 
 
-def test_a_sentence_is_plain_data(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_reason_of_the_core_has_a_sentence() -> None:
+    from psa_pack.nodes.words import SENTENCES
+
+    for code, english in capability.REASONS.items():
+        own, chinese = SENTENCES[f"cannot_run.{code}"]
+        assert own == "{english}" and CHINESE.search(chinese)
+        assert fields(chinese) <= fields(english), code  # which is what the reason has values for
+
+
+def test_a_sentence_is_plain_data() -> None:
     from psa_pack.nodes.words import Words
 
     class Silent:

@@ -51,6 +51,77 @@ sample(patched)
 assert record(patched).sparse_calls == 8
 print(seen)
 """
+# Likewise; what Python's libraries and ComfyUI read of their own is theirs.
+FILES = """
+import asyncio, os, sys
+sys.path[:0] = [{tests!r}, {comfyui!r}]
+sys.dont_write_bytecode = True
+import comfy.cli_args
+comfy.cli_args.args.cpu = True
+import comfy.sample, comfy_api.latest, folder_paths, torch
+from types import SimpleNamespace
+from pack import ROOT, load_pack
+from tiny_wan import make_model, sample
+
+user, temp = {user!r}, {temp!r}
+folder_paths.set_user_directory(user)
+folder_paths.set_temp_directory(temp)
+model, loop = make_model(), asyncio.new_event_loop()
+sample(model)
+sys.modules["server"] = SimpleNamespace(PromptServer=SimpleNamespace(instance=SimpleNamespace()))
+
+places = {{
+    os.path.join(user, "default", "comfy.settings.json"): "comfy.settings.json",
+    os.path.join(user, "psa_presets"): "psa_presets",
+    temp: "temp",
+    {comfyui!r}: "",
+    **{{path: "" for path in (sys.prefix, sys.base_prefix, *filter(None, sys.path), "/proc", "/sys", "/dev")}},
+    str(ROOT / "nodes"): "pack", str(ROOT / "psa_core"): "pack", str(ROOT / "presets"): "pack",
+    str(ROOT / "__init__.py"): "pack", str(ROOT / "__pycache__"): "pack", {tests!r}: "",
+}}
+places = {{os.path.realpath(path): place for path, place in places.items() if os.path.realpath(path) != str(ROOT)}}
+seen = set()
+
+def note(event, arguments):
+    if event == "open":
+        path, mode, flags = arguments
+        paths = [path] if isinstance(path, (str, bytes, os.PathLike)) else []
+        writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate"):
+        paths, writes = [value for value in arguments if isinstance(value, (str, bytes, os.PathLike))], True
+    else:
+        return
+    for path in paths:
+        path = os.path.realpath(os.fsdecode(path))
+        inside = [place for place in places if path == place or path.startswith(place + os.sep)]
+        place = places[max(inside, key=len)] if inside else path
+        if place:
+            seen.add(("write " if writes else "read ") + place)
+
+sys.addaudithook(note)
+load_pack()
+import psa_pack
+nodes = {{node.GET_SCHEMA().node_id: node for node in loop.run_until_complete(
+    loop.run_until_complete(psa_pack.comfy_entrypoint()).get_node_list())}}
+for node in nodes.values():
+    node.GET_NODE_INFO_V1()
+nodes["PSAPreset"].execute("mine", error_weight=0.5, min_tokens=0, save=True)
+nodes["PSAPresetLoader"].fingerprint_inputs("user/mine/mine")
+preset = nodes["PSAPresetLoader"].execute("user/mine/mine").args[0]
+patched = nodes["PSAAttentionPatch"].execute(
+    model, "balanced", custom_preset=preset, start_percent=0.0, backend="reference").args[0]
+sample(patched)
+nodes["PSAReport"].execute({{"samples": torch.zeros(1)}}, patched)
+nodes["PSACompare"].execute(torch.rand(2, 64, 64, 3), torch.rand(2, 64, 64, 3))
+print(sorted(seen))
+"""
+SAID = {
+    "read comfy.settings.json": "`default/comfy.settings.json` in that folder, for the language",
+    "read pack": "its own folder",
+    "read psa_presets": "the `.yaml` and `.yml` files of `psa_presets` in ComfyUI's user folder",
+    "write psa_presets": "to `psa_presets`, when PSA Preset is asked to save",
+    "write temp": "PSA Report's preview to ComfyUI's temp folder",
+}
 NETWORK = {
     "aiohttp", "asyncore", "ftplib", "http", "httpx", "imaplib", "poplib", "requests", "smtplib", "socket",
     "socketserver", "ssl", "telnetlib", "urllib", "urllib3", "webbrowser", "websockets", "xmlrpc", "huggingface_hub",
@@ -89,6 +160,21 @@ def test_a_sparse_run_opens_no_connection_and_starts_no_program(comfyui: Path) -
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_policy_names_every_file_that_the_nodes_open(comfyui: Path, tmp_path: Path) -> None:
+    """All nodes but the loaders of weights and the probe, which samples as the patch does."""
+    user, temp = tmp_path / "user", tmp_path / "temp"
+    (user / "default").mkdir(parents=True)
+    (user / "default/comfy.settings.json").write_text('{"Comfy.Locale": "zh"}')
+    temp.mkdir()
+    program = FILES.format(tests=str(ROOT / "tests"), comfyui=str(comfyui), user=str(user), temp=str(temp))
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert ast.literal_eval(done.stdout.splitlines()[-1]) == sorted(SAID)
+    policy = (ROOT / "SECURITY.md").read_text("utf-8")
+    assert [said for said in SAID.values() if said not in policy] == []
 
 
 class Payload:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from psa_pack.psa_core.backends import triton_unavailable_reason
+from psa_pack.psa_core.capability import reason_against
 
 from conftest import ROOT
 
 pytestmark = [
     pytest.mark.interpreter,
     pytest.mark.skipif(
-        (reason := triton_unavailable_reason(torch.device("cpu"), torch.float32)) is not None, reason=str(reason)
+        (reason := reason_against("triton", torch.device("cpu"), torch.float32, 64)) is not None, reason=str(reason)
     ),
 ]
 

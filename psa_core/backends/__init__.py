@@ -1,16 +1,14 @@
-"""Backends, what can run here, and why not."""
+"""Backends, and the one that serves a call."""
 
 from __future__ import annotations
 
-import os
-import sys
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..capability import Reason, reason_against
 from ..config import PSAConfig
 from ..ordering import TokenOrder
 
@@ -18,7 +16,16 @@ BACKENDS = ("auto", "triton", "reference")
 
 
 class BackendUnavailable(RuntimeError):
-    """The requested backend cannot run here; the message says why and what would help."""
+    """The requested backend cannot run here; the message says why and what would help.
+
+    Args:
+        reason: What that message is made from, as ``code`` and ``values``.
+    """
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason)
+        self.code = reason.code
+        self.values = reason.values
 
 
 class Backend(Protocol):
@@ -49,37 +56,26 @@ class Backend(Protocol):
         """Have ready what a call needs, which its first one would wait for."""
 
 
-def resolve(name: str, q: Tensor) -> Backend:
-    """Return the backend that serves q, or say why it cannot.
+def resolve(name: str, q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> Backend:
+    """Return the backend that serves a call, or say why it cannot.
+
+    ``auto`` takes Triton on CUDA, and the reference elsewhere and where the inputs need gradients.
+
+    Args:
+        name: One of ``BACKENDS``.
+        q: Queries ``[B, H, N, D]``; k and v likewise, where they may need gradients of their own.
 
     Raises:
         ValueError: the name is not a backend's.
-        BackendUnavailable: the backend cannot run on q's device, dtype or with what is installed.
+        BackendUnavailable: the backend cannot run on q's device, dtype or with what is installed, or cannot give the
+            gradients that the inputs need.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend: {name!r} is not one of {', '.join(BACKENDS)}")
+    gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v))
     if name == "auto":
-        name = "triton" if q.device.type == "cuda" else "reference"
-    if name == "triton" and (reason := triton_unavailable_reason(q.device, q.dtype)):
+        name = "triton" if q.device.type == "cuda" and not gradients else "reference"
+    if reason := reason_against(name, q.device, q.dtype, q.shape[-1], gradients):
         raise BackendUnavailable(reason)
     backend: Backend = import_module(f".{name}", __name__)
     return backend
-
-
-def triton_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton backend cannot serve this device and dtype, or None if it can."""
-    if find_spec("triton") is None:
-        package = "triton-windows" if sys.platform == "win32" else "triton"
-        return f"Triton is not installed; install the {package} release that fits torch {torch.__version__}"
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"Triton kernels take bf16, fp16 and fp32, not {dtype}"
-    if device.type == "cuda":
-        if torch.version.hip:
-            return "the Triton kernels are written for NVIDIA GPUs; AMD ones are not supported yet"
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            return f"the GPU is sm_{major}{minor}; the Triton kernels need sm_80 (Ampere) or newer"
-        return None
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    return f"Triton kernels run on CUDA devices, not on {device.type}"

@@ -11,9 +11,8 @@ try:
 except ImportError:  # Triton before 3.4
     TensorDescriptor = None
 
-from .configs import attend_config, capability
-from .importance import LOG2E
 from .storage import COUNTS, PADDED_ROWS, SIZES, SLOTS, Prepared, Selection, head_strides
+from .tile import LOG2E, attend_to_tile, logits
 
 # The softmax is the same whatever is subtracted from a row's logits, as long as nothing overflows or vanishes. So the
 # first pass subtracts the largest logit of a few neighbouring keys and never rescales; where that was too far from
@@ -22,36 +21,32 @@ LEAST_SUM = tl.constexpr(2.0**-4)
 GREATEST_SUM = tl.constexpr(2.0**64)
 FEW_BLOCKS = tl.constexpr(4)
 
+# In every loop the indices of the next tile are read with this one: keys and values whose address is known early are
+# fetched while earlier tiles are multiplied.
+
 
 @triton.jit
-def _attend_tile(
-    acc, l_i, m_i, q, k, v, bias, qk_scale, BIASED: tl.constexpr, ONLINE: tl.constexpr, PRECISION: tl.constexpr
+def _attend_to_whole_blocks(
+    acc, l_i, m_i, q, keys_ptr, values_ptr, keys_tiles, values_tiles, head_row, indices_ptr, count, qk_scale,
+    KEY_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attend to one tile of keys and values; logits and their bias ``[rows of k]`` are in powers of two."""
-    qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if ONLINE:
-        qk *= qk_scale
-        if BIASED:
-            qk += bias[None, :]
-        m_new = tl.maximum(m_i, tl.max(qk, axis=1))
-        alpha = tl.exp2(m_i - m_new)
-        m_i = m_new
-        l_i *= alpha
-        acc *= alpha[:, None]
-        p = tl.exp2(qk - m_i[:, None])
-    elif BIASED:
-        p = tl.exp2(qk * qk_scale + (bias[None, :] - m_i[:, None]))
-    else:
-        p = tl.exp2(qk * qk_scale - m_i[:, None])
-    l_i += tl.sum(p, axis=1)
-    return tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION), l_i, m_i
-
-
-@triton.jit
-def _end_of_list(count, log_groups, PADDED_ROWS: tl.constexpr):
-    """Places of a level's list that has count blocks of ``2^log_groups`` rows, with what fills up its last tile."""
-    per_tile = tl.maximum(PADDED_ROWS >> log_groups, 1)
-    return (count + per_tile - 1) // per_tile * per_tile
+    """Attend to the list of level 1: whole key blocks, through descriptors of their tiles where there are any."""
+    PER_BLOCK: tl.constexpr = KEY_BLOCK // BLOCK_N
+    HEAD_DIM: tl.constexpr = q.shape[1]
+    in_tile = tl.arange(0, BLOCK_N)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    no_bias = tl.zeros([BLOCK_N], tl.float32)
+    tiles = count * PER_BLOCK
+    upcoming = tl.load(indices_ptr, mask=tiles > 0, other=0)
+    for t in tl.range(0, tiles, num_stages=STAGES):
+        row = upcoming * KEY_BLOCK + t % PER_BLOCK * BLOCK_N
+        upcoming = tl.load(indices_ptr + tl.minimum(t + 1, tiles - 1) // PER_BLOCK)
+        if keys_tiles is None:
+            offset = row.to(tl.int64) * HEAD_DIM
+            k, v = tl.load(keys_ptr + offset + in_tile), tl.load(values_ptr + offset + in_tile)
+        else:
+            k, v = keys_tiles.load([head_row + row, 0]), values_tiles.load([head_row + row, 0])
+        acc, l_i, m_i = attend_to_tile(acc, l_i, m_i, q, k, v, no_bias, qk_scale, False, False, PRECISION)
+    return acc, l_i
 
 
 @triton.jit
@@ -78,11 +73,12 @@ def _spread_few(a, b, c, d, offs_n, GROUPS: tl.constexpr, PER_TILE: tl.constexpr
 @triton.jit
 def _attend_to_few(
     acc, l_i, m_i, q, keys_ptr, values_ptr, indices_ptr, bias_ptr, count, first_row, qk_scale,
-    GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attend to the list of a level of which one, two or four blocks fill a tile, or one block fills several."""
     PER_TILE: tl.constexpr = BLOCK_N // GROUPS if BLOCK_N > GROUPS else 1
     PARTS: tl.constexpr = GROUPS // BLOCK_N if GROUPS > BLOCK_N else 1
+    HEAD_DIM: tl.constexpr = q.shape[1]
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, HEAD_DIM)
     in_tile = (offs_n % GROUPS)[:, None] * HEAD_DIM + offs_d[None, :]
     no_bias = tl.zeros([BLOCK_N], tl.float32)
@@ -103,93 +99,42 @@ def _attend_to_few(
         i0, i1, i2, i3 = _read_few(indices_ptr + entry, PER_TILE)
         b0, b1, b2, b3 = _read_few(bias_ptr + entry, PER_TILE)
         k, v = tl.load(keys_ptr + offsets), tl.load(values_ptr + offsets)
-        acc, l_i, shifted = _attend_tile(acc, l_i, shifted, q, k, v, bias, qk_scale, PER_TILE > 1, False, PRECISION)
+        acc, l_i, shifted = attend_to_tile(acc, l_i, shifted, q, k, v, bias, qk_scale, PER_TILE > 1, False, PRECISION)
     return acc, l_i
 
 
 @triton.jit
-def _attend_to_lists(
-    q, m_i, keys_ptr, values_ptr, keys_tiles, values_tiles, head_row,
-    key_tokens_ptr, indices_ptr, bias_ptr, counts_ptr, qk_scale,
-    video_keys, places, last_count, pitch, first_row_2, first_row_4, first_row_8, first_row_whole,
-    KEY_BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, EXACT_N: tl.constexpr, EXACT_STAGES: tl.constexpr, SLOTS: tl.constexpr,
-    PADDED_ROWS: tl.constexpr, ONLINE: tl.constexpr, DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+def _attend_to_many(
+    acc, l_i, m_i, q, keys_ptr, values_ptr, indices_ptr, bias_ptr, count, first_row, log_groups, qk_scale,
+    BLOCK_N: tl.constexpr, ONLINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Weighted sum of values ``[BLOCK_M, D]`` and sum of weights ``[BLOCK_M]`` of one tile of query rows."""
+    """Attend to the list of any level, whose blocks have ``2^log_groups`` rows: those of several fill a tile."""
+    HEAD_DIM: tl.constexpr = q.shape[1]
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, HEAD_DIM)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-    no_bias = tl.zeros([BLOCK_N], tl.float32)
+    within = (1 << log_groups) - 1
+    entry = offs_n >> log_groups
+    next_block = tl.load(indices_ptr + entry)
+    next_bias = tl.load(bias_ptr + entry)
+    for start in tl.range(0, count << log_groups, BLOCK_N):
+        block, bias = next_block, next_bias
+        entry = (start + BLOCK_N + offs_n) >> log_groups
+        next_block = tl.load(indices_ptr + entry)
+        next_bias = tl.load(bias_ptr + entry)
+        rows = first_row + (block << log_groups) + ((start + offs_n) & within)
+        offsets = rows.to(tl.int64)[:, None] * HEAD_DIM + offs_d[None, :]
+        k, v = tl.load(keys_ptr + offsets), tl.load(values_ptr + offsets)
+        acc, l_i, m_i = attend_to_tile(acc, l_i, m_i, q, k, v, bias, qk_scale, True, ONLINE, PRECISION)
+    return acc, l_i, m_i
 
-    # In every loop the indices of the next tile are read with this one: keys and values whose address is known early
-    # are fetched while earlier tiles are multiplied.
 
-    begin = 0
-    first_slot = 0
-    if KEY_BLOCK >= EXACT_N and not ONLINE:
-        # Level 1: whole key blocks.
-        PER_BLOCK: tl.constexpr = KEY_BLOCK // EXACT_N
-        count = tl.load(counts_ptr)
-        first_slot = 1
-        in_tile = tl.arange(0, EXACT_N)[:, None] * HEAD_DIM + offs_d[None, :]
-        tiles = count * PER_BLOCK
-        upcoming = tl.load(indices_ptr, mask=tiles > 0, other=0)
-        for t in tl.range(0, tiles, num_stages=EXACT_STAGES):
-            row = upcoming * KEY_BLOCK + t % PER_BLOCK * EXACT_N
-            upcoming = tl.load(indices_ptr + tl.minimum(t + 1, tiles - 1) // PER_BLOCK)
-            if DESCRIPTORS:
-                k, v = keys_tiles.load([head_row + row, 0]), values_tiles.load([head_row + row, 0])
-            else:
-                offset = row.to(tl.int64) * HEAD_DIM
-                k, v = tl.load(keys_ptr + offset + in_tile), tl.load(values_ptr + offset + in_tile)
-            acc, l_i, m_i = _attend_tile(acc, l_i, m_i, q, k, v, no_bias, qk_scale, False, ONLINE, PRECISION)
-        begin = _end_of_list(count, LOG_BLOCK, PADDED_ROWS)
-
-    # Pooled levels, one after the other. Those of which few blocks fill a tile have loops of their own.
-    if not ONLINE:
-        for slot in tl.static_range(1, SLOTS - 1):
-            if (slot == first_slot) and ((KEY_BLOCK >> slot) * FEW_BLOCKS >= BLOCK_N):
-                count = tl.load(counts_ptr + slot)
-                first_row = first_row_2 if slot == 1 else (first_row_4 if slot == 2 else first_row_8)
-                acc, l_i = _attend_to_few(
-                    acc, l_i, m_i, q, keys_ptr, values_ptr, indices_ptr + begin, bias_ptr + begin, count, first_row,
-                    qk_scale, KEY_BLOCK >> slot, HEAD_DIM, BLOCK_N, PRECISION,
-                )  # fmt: skip
-                begin += _end_of_list(count, LOG_BLOCK - slot, PADDED_ROWS)
-                first_slot = slot + 1
-
-    # The others: the groups of several blocks fill one tile.
-    for slot in range(first_slot, SLOTS):
-        count = tl.load(counts_ptr + slot)
-        log_groups = tl.where(slot == SLOTS - 1, 0, LOG_BLOCK - slot)
-        first_row = tl.where(slot == 0, 0, tl.where(slot == 1, first_row_2, tl.where(slot == 2, first_row_4,
-            tl.where(slot == 3, first_row_8, first_row_whole))))  # fmt: skip
-        within = (1 << log_groups) - 1
-        entry = offs_n >> log_groups
-        next_block = tl.load(indices_ptr + begin + entry)
-        next_bias = tl.load(bias_ptr + begin + entry)
-        for start in tl.range(0, count << log_groups, BLOCK_N):
-            block, bias = next_block, next_bias
-            entry = (start + BLOCK_N + offs_n) >> log_groups
-            next_block = tl.load(indices_ptr + begin + entry)
-            next_bias = tl.load(bias_ptr + begin + entry)
-            rows = first_row + (block << log_groups) + ((start + offs_n) & within)
-            offsets = rows.to(tl.int64)[:, None] * HEAD_DIM + offs_d[None, :]
-            k, v = tl.load(keys_ptr + offsets), tl.load(values_ptr + offsets)
-            acc, l_i, m_i = _attend_tile(acc, l_i, m_i, q, k, v, bias, qk_scale, True, ONLINE, PRECISION)
-        begin += _end_of_list(count, log_groups, PADDED_ROWS)
-
-    # A ragged last video block at its level, then exact key blocks: what has empty places.
-    log_size = tl.load(counts_ptr + SLOTS)
-    ragged_rows = tl.where(log_size < 0, 0, KEY_BLOCK >> tl.maximum(log_size, 0))
-    ragged_first = tl.where(log_size == 1, first_row_2, tl.where(log_size == 2, first_row_4,
-        tl.where(log_size == 3, first_row_8, tl.where(log_size > 3, first_row_whole, 0))))  # fmt: skip
-    ragged_first += (video_keys - 1) * ragged_rows
-    ragged_bias = 0.0
-    if log_size > 0:
-        ragged_bias = tl.load(bias_ptr + pitch - 1)
-    exact_first = video_keys * KEY_BLOCK
+@triton.jit
+def _attend_to_ragged_and_exact(
+    acc, l_i, m_i, q, keys_ptr, values_ptr, key_tokens_ptr, log_size, ragged_first, ragged_rows, ragged_bias,
+    last_count, exact_first, places, qk_scale, BLOCK_N: tl.constexpr, ONLINE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attend to a ragged last video block at its level, then to exact key blocks: to what has empty places."""
+    HEAD_DIM: tl.constexpr = q.shape[1]
+    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, HEAD_DIM)
     for start in range(0, ragged_rows + places - exact_first, BLOCK_N):
         r = start + offs_n
         place = exact_first + r - ragged_rows
@@ -201,8 +146,91 @@ def _attend_to_lists(
         rows = tl.where(r < ragged_rows, ragged_first + r, tl.minimum(place, places - 1)).to(tl.int64)
         offsets = rows[:, None] * HEAD_DIM + offs_d[None, :]
         k, v = tl.load(keys_ptr + offsets), tl.load(values_ptr + offsets)
-        acc, l_i, m_i = _attend_tile(acc, l_i, m_i, q, k, v, bias, qk_scale, True, ONLINE, PRECISION)
+        acc, l_i, m_i = attend_to_tile(acc, l_i, m_i, q, k, v, bias, qk_scale, True, ONLINE, PRECISION)
     return acc, l_i
+
+
+@triton.jit
+def _first_row(log_groups, pooled, video_keys, places, LOG_BLOCK: tl.constexpr):
+    """First row of the level with ``2^log_groups`` rows a block: after all places and the groups of finer levels."""
+    finer = pooled >> (log_groups + 1) << (log_groups + 1)
+    return tl.where(log_groups == LOG_BLOCK, 0, places + video_keys * finer)
+
+
+@triton.jit
+def _end_of_list(count, log_groups):
+    """Places of a level's list that has count blocks of ``2^log_groups`` rows, with what fills up its last tile."""
+    per_tile = tl.maximum(PADDED_ROWS >> log_groups, 1)
+    return (count + per_tile - 1) // per_tile * per_tile
+
+
+@triton.jit
+def _attend_to_lists(
+    q, m_i, keys_ptr, values_ptr, keys_tiles, values_tiles, head_row, key_tokens_ptr, indices_ptr, bias_ptr, counts_ptr,
+    qk_scale, key_blocks, video_keys, last_count, pooled, pitch,
+    LOG_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, EXACT_N: tl.constexpr, EXACT_STAGES: tl.constexpr,
+    ONLINE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Weighted sum of values ``[BLOCK_M, D]`` and sum of weights ``[BLOCK_M]`` of one tile of query rows."""
+    KEY_BLOCK: tl.constexpr = 1 << LOG_BLOCK
+    l_i = tl.zeros([q.shape[0]], tl.float32)
+    acc = tl.zeros([q.shape[0], q.shape[1]], tl.float32)
+    places = key_blocks * KEY_BLOCK
+
+    begin = 0
+    first_slot = 0
+    if KEY_BLOCK >= EXACT_N and not ONLINE:
+        count = tl.load(counts_ptr)
+        acc, l_i = _attend_to_whole_blocks(
+            acc, l_i, m_i, q, keys_ptr, values_ptr, keys_tiles, values_tiles, head_row, indices_ptr, count, qk_scale,
+            KEY_BLOCK, EXACT_N, EXACT_STAGES, PRECISION,
+        )  # fmt: skip
+        begin = _end_of_list(count, LOG_BLOCK)
+        first_slot = 1
+
+    # Pooled levels, one after the other. Those of which few blocks fill a tile have loops of their own.
+    if not ONLINE:
+        for slot in tl.static_range(1, SLOTS - 1):
+            if (slot == first_slot) and ((KEY_BLOCK >> slot) * FEW_BLOCKS >= BLOCK_N):
+                count = tl.load(counts_ptr + slot)
+                first_row = _first_row(LOG_BLOCK - slot, pooled, video_keys, places, LOG_BLOCK)
+                acc, l_i = _attend_to_few(
+                    acc, l_i, m_i, q, keys_ptr, values_ptr, indices_ptr + begin, bias_ptr + begin, count, first_row,
+                    qk_scale, KEY_BLOCK >> slot, BLOCK_N, PRECISION,
+                )  # fmt: skip
+                begin += _end_of_list(count, LOG_BLOCK - slot)
+                first_slot = slot + 1
+
+    for slot in range(first_slot, SLOTS):
+        count = tl.load(counts_ptr + slot)
+        log_groups = tl.where(slot == SLOTS - 1, 0, LOG_BLOCK - slot)
+        first_row = _first_row(log_groups, pooled, video_keys, places, LOG_BLOCK)
+        acc, l_i, m_i = _attend_to_many(
+            acc, l_i, m_i, q, keys_ptr, values_ptr, indices_ptr + begin, bias_ptr + begin, count, first_row, log_groups,
+            qk_scale, BLOCK_N, ONLINE, PRECISION,
+        )  # fmt: skip
+        begin += _end_of_list(count, log_groups)
+
+    log_size = tl.load(counts_ptr + SLOTS)
+    ragged_rows = tl.where(log_size < 0, 0, KEY_BLOCK >> tl.maximum(log_size, 0))
+    ragged_first = _first_row(LOG_BLOCK - log_size, pooled, video_keys, places, LOG_BLOCK)
+    ragged_first += (video_keys - 1) * ragged_rows
+    ragged_bias = 0.0
+    if log_size > 0:
+        ragged_bias = tl.load(bias_ptr + pitch - 1)
+    return _attend_to_ragged_and_exact(
+        acc, l_i, m_i, q, keys_ptr, values_ptr, key_tokens_ptr, log_size, ragged_first, ragged_rows, ragged_bias,
+        last_count, video_keys * KEY_BLOCK, places, qk_scale, BLOCK_N, ONLINE, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def _neighbours_maximum(q, keys_ptr, first, places, qk_scale, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
+    """Each query row's largest logit ``[BLOCK_M]`` of a few of the keys in as many places from ``first`` on."""
+    own = first + tl.arange(0, BLOCK_N) * (q.shape[0] // BLOCK_N)
+    own = tl.minimum(own, places - 1).to(tl.int64)
+    k = tl.load(keys_ptr + own[:, None] * q.shape[1] + tl.arange(0, q.shape[1])[None, :])
+    return tl.max(logits(q, k, PRECISION), axis=1) * qk_scale
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -210,12 +238,10 @@ def _attend_kernel(
     q_ptr, keys_ptr, values_ptr, keys_tiles, values_tiles, out_ptr,
     query_tokens_ptr, key_tokens_ptr, indices_ptr, bias_ptr, counts_ptr, qk_scale,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_ob, stride_oh, stride_on, stride_od,
-    heads, query_blocks, video_rows, video_keys, places, last_count, pitch, pyramid_rows,
-    first_row_2, first_row_4, first_row_8, first_row_whole,
-    QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    heads, query_blocks, video_rows, key_blocks, video_keys, last_count, pooled, pitch,
+    QUERY_BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXACT_N: tl.constexpr, EXACT_STAGES: tl.constexpr,
-    SLOTS: tl.constexpr, COUNTS: tl.constexpr, PADDED_ROWS: tl.constexpr, FAST: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Query blocks of exact tokens attend to everything and take longest: those of all heads start first.
     pid = tl.program_id(0)
@@ -228,47 +254,36 @@ def _attend_kernel(
         head, tile = in_video // video_tiles, in_video % video_tiles
     z = head.to(tl.int64)
     row = z * query_blocks + tile // (QUERY_BLOCK // BLOCK_M)
-    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, HEAD_DIM)
+    offs_d = tl.arange(0, HEAD_DIM)
     places_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     token = tl.load(query_tokens_ptr + places_m).to(tl.int64)
     q_ptr += (z // heads) * stride_qb + (z % heads) * stride_qh
     q = tl.load(q_ptr + token[:, None] * stride_qn + offs_d[None, :] * stride_qd, mask=(token >= 0)[:, None], other=0.0)
-    head_row = head * pyramid_rows
-    keys_ptr += z * pyramid_rows * HEAD_DIM
-    values_ptr += z * pyramid_rows * HEAD_DIM
+    head_rows = (key_blocks << LOG_BLOCK) + video_keys * pooled + key_blocks
+    keys_ptr += z * head_rows * HEAD_DIM
+    values_ptr += z * head_rows * HEAD_DIM
     counts_ptr += row * COUNTS
     indices_ptr += row * pitch
     bias_ptr += row * pitch
 
-    if FAST:
-        # Keys of the rows' own tokens, which are in the same place of the order but for the padding of video blocks.
-        own = tile * BLOCK_M + offs_n * (BLOCK_M // BLOCK_N)
-        own += tl.where(tile * BLOCK_M < video_rows * QUERY_BLOCK, 0, video_keys * KEY_BLOCK - video_rows * QUERY_BLOCK)
-        own = tl.minimum(own, places - 1).to(tl.int64)
-        k = tl.load(keys_ptr + own[:, None] * HEAD_DIM + offs_d[None, :])
-        m_i = tl.max(tl.dot(q, tl.trans(k), input_precision=PRECISION), axis=1) * qk_scale
-        acc, l_i = _attend_to_lists(
-            q, m_i, keys_ptr, values_ptr, keys_tiles, values_tiles, head_row,
-            key_tokens_ptr, indices_ptr, bias_ptr, counts_ptr, qk_scale,
-            video_keys, places, last_count, pitch, first_row_2, first_row_4, first_row_8, first_row_whole,
-            KEY_BLOCK, LOG_BLOCK, HEAD_DIM, BLOCK_M, BLOCK_N, EXACT_N, EXACT_STAGES, SLOTS, PADDED_ROWS,
-            False, DESCRIPTORS, PRECISION,
-        )  # fmt: skip
-        overflown = tl.sum(tl.sum(tl.where(acc - acc == 0.0, 0, 1), axis=1), axis=0) > 0
-        again = overflown | (tl.min(l_i) < LEAST_SUM) | (tl.max(l_i) > GREATEST_SUM)
-    else:
-        acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-        l_i = tl.zeros([BLOCK_M], tl.float32)
-        again = places > 0
-    if again:
-        m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        acc, l_i = _attend_to_lists(
-            q, m_i, keys_ptr, values_ptr, keys_tiles, values_tiles, head_row,
-            key_tokens_ptr, indices_ptr, bias_ptr, counts_ptr, qk_scale,
-            video_keys, places, last_count, pitch, first_row_2, first_row_4, first_row_8, first_row_whole,
-            KEY_BLOCK, LOG_BLOCK, HEAD_DIM, BLOCK_M, BLOCK_N, EXACT_N, EXACT_STAGES, SLOTS, PADDED_ROWS,
-            True, DESCRIPTORS, PRECISION,
-        )  # fmt: skip
+    acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    again = True
+    for ONLINE in tl.static_range(1 - FAST, 2):  # the fast pass, then the online softmax if that was not enough
+        if again:
+            m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            if not ONLINE:
+                # The rows' own tokens are in the same places of the keys but for the padding of video blocks.
+                padding = (video_keys << LOG_BLOCK) - video_rows * QUERY_BLOCK
+                first = tile * BLOCK_M + tl.where(tile * BLOCK_M < video_rows * QUERY_BLOCK, 0, padding)
+                m_i = _neighbours_maximum(q, keys_ptr, first, key_blocks << LOG_BLOCK, qk_scale, BLOCK_N, PRECISION)
+            acc, l_i = _attend_to_lists(
+                q, m_i, keys_ptr, values_ptr, keys_tiles, values_tiles, head * head_rows, key_tokens_ptr, indices_ptr,
+                bias_ptr, counts_ptr, qk_scale, key_blocks, video_keys, last_count, pooled, pitch,
+                LOG_BLOCK, BLOCK_N, EXACT_N, EXACT_STAGES, ONLINE, PRECISION,
+            )  # fmt: skip
+            overflown = tl.sum(tl.sum(tl.where(acc - acc == 0.0, 0, 1), axis=1), axis=0) > 0
+            again = overflown | (tl.min(l_i) < LEAST_SUM) | (tl.max(l_i) > GREATEST_SUM)
 
     out_ptr += (z // heads) * stride_ob + (z % heads) * stride_oh
     token = tl.load(query_tokens_ptr + places_m).to(tl.int64)
@@ -280,21 +295,21 @@ def attend(prepared: Prepared, selection: Selection, out: Tensor) -> None:
     """Write the attention output into ``out`` ``[B, H, N, D]``, in the order of the inputs."""
     q, rows, keys = prepared.q, prepared.order.queries, prepared.order.keys
     batch, heads, _, head_dim = q.shape
-    tuned = attend_config(capability(q.device), q.dtype, head_dim, rows.size)
-    first = prepared.layout.first
-    descriptors = tuned.descriptors and TensorDescriptor is not None
-    tiles = [_describe(pyramid, tuned.exact_n) if descriptors else None for pyramid in (prepared.keys, prepared.values)]
-    limits = {"maxnreg": tuned.max_registers} if tuned.max_registers else {}
-    _attend_kernel[(rows.blocks * (rows.size // tuned.block_m) * batch * heads,)](
-        q, prepared.keys, prepared.values, *tiles, out, rows.tokens, keys.tokens,
-        selection.indices, selection.bias, selection.counts, prepared.scale * LOG2E,
-        *head_strides(q), *head_strides(out), heads, rows.blocks, rows.video_blocks, keys.video_blocks,
-        keys.blocks * keys.size, keys.last_video_count, selection.indices.shape[2], prepared.layout.rows, *first[1:],
-        QUERY_BLOCK=rows.size, KEY_BLOCK=keys.size, LOG_BLOCK=keys.size.bit_length() - 1, HEAD_DIM=head_dim,
-        BLOCK_M=tuned.block_m, BLOCK_N=tuned.block_n, EXACT_N=tuned.exact_n, EXACT_STAGES=tuned.exact_stages,
-        SLOTS=SLOTS, COUNTS=COUNTS, PADDED_ROWS=PADDED_ROWS, FAST=tuned.fast,
-        DESCRIPTORS=descriptors, PRECISION=tuned.precision,
-        num_warps=tuned.num_warps, num_stages=tuned.num_stages, **limits,
+    tiles = prepared.plan.attend
+    described = tiles.descriptors and TensorDescriptor is not None
+    keys_tiles, values_tiles = (
+        _describe(pyramid, tiles.exact_n) if described else None for pyramid in (prepared.keys, prepared.values)
+    )
+    limits = {"maxnreg": tiles.max_registers} if tiles.max_registers else {}
+    _attend_kernel[(rows.blocks * (rows.size // tiles.block_m) * batch * heads,)](
+        q, prepared.keys, prepared.values, keys_tiles, values_tiles, out, rows.tokens, keys.tokens,
+        selection.indices, selection.bias, selection.counts, prepared.scale * LOG2E.value,
+        *head_strides(q), *head_strides(out), heads, rows.blocks, rows.video_blocks, keys.blocks, keys.video_blocks,
+        keys.last_video_count, prepared.rows.pooled, selection.indices.shape[2],
+        QUERY_BLOCK=rows.size, LOG_BLOCK=keys.size.bit_length() - 1, HEAD_DIM=head_dim,
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, EXACT_N=tiles.exact_n, EXACT_STAGES=tiles.exact_stages,
+        FAST=tiles.fast, PRECISION=prepared.plan.precision,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **limits,
     )  # fmt: skip
 
 

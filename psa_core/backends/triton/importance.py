@@ -8,9 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...importance import BLOCK_BIAS_CLAMP
-from .storage import SIZES, Prepared, empty, head_strides, pair_pitch, statistics_precision
-
-LOG2E = 1.4426950408889634
+from .storage import SIZES, Prepared, empty, head_strides, pair_pitch
+from .tile import LOG2E, logits
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -33,7 +32,7 @@ def _whole_bias_kernel(
     variance = tl.load(variance_ptr + j[None, :] * HEAD_DIM + offs_d[:, None], mask=j_in[None, :], other=0.0)
     counts = tl.load(counts_ptr + j, mask=j_in, other=1).to(tl.float32)
     bias = tl.minimum(tl.dot(squares, variance, input_precision=PRECISION) * half_scale_squared, clamp)
-    bias = tl.where(j_in[None, :], bias * 1.4426950408889634 + tl.log2(counts)[None, :], float("-inf"))
+    bias = tl.where(j_in[None, :], bias * LOG2E + tl.log2(counts)[None, :], float("-inf"))
     offsets = z * query_blocks * pitch + i.to(tl.int64)[:, None] * pitch + j[None, :]
     tl.store(bias_ptr + offsets, bias, mask=i_in[:, None] & (j < pitch)[None, :])
 
@@ -47,14 +46,14 @@ def _block_logits(
     offs_d = tl.arange(0, HEAD_DIM)
     bias = tl.load(bias_ptr + bias_row[None, :] + j[:, None], mask=(j < pitch)[:, None], other=float("-inf"))
     k = tl.load(keys_ptr + j[:, None] * HEAD_DIM + offs_d[None, :], mask=(j < key_blocks)[:, None], other=0.0)
-    qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    qk = logits(k, q, PRECISION)
     return tl.reshape(qk, [qk.shape[0], BLOCKS, SAMPLES]) * qk_scale + bias[:, :, None]
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _importance_kernel(
     q_ptr, keys_ptr, tokens_ptr, bias_ptr, importance_ptr, qk_scale,
-    stride_b, stride_h, stride_n, stride_d, heads, query_blocks, key_blocks, pitch, pyramid_rows, first_row_whole,
+    stride_b, stride_h, stride_n, stride_d, heads, query_blocks, key_blocks, pitch, pyramid_rows,
     QUERY_BLOCK: tl.constexpr, STRIDE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +67,7 @@ def _importance_kernel(
     token = tl.load(tokens_ptr + place, mask=i < query_blocks, other=-1).to(tl.int64)
     q_ptr += (z // heads) * stride_b + (z % heads) * stride_h
     q = tl.load(q_ptr + token[:, None] * stride_n + offs_d[None, :] * stride_d, mask=(token >= 0)[:, None], other=0.0)
-    keys_ptr += (z * pyramid_rows + first_row_whole) * HEAD_DIM
+    keys_ptr += ((z + 1) * pyramid_rows - key_blocks) * HEAD_DIM  # the last rows: means of whole blocks
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     bias_ptr += z * query_blocks * pitch
     bias_row = tl.minimum(block, query_blocks - 1).to(tl.int64) * pitch
@@ -103,26 +102,24 @@ def _importance_kernel(
 
 def importance(prepared: Prepared) -> Tensor:
     """Estimated attention mass ``[B, H, query blocks, key blocks]``, fp32; rows sum to 1."""
-    q, queries, keys = prepared.q, prepared.order.queries, prepared.order.keys
+    q, plan, queries, keys = prepared.q, prepared.plan, prepared.order.queries, prepared.order.keys
     batch, heads, _, head_dim = q.shape
     z = batch * heads
-    precision = "ieee" if q.dtype == torch.float32 else "tf32"
     pitch = pair_pitch(keys.blocks)
     bias = empty(q, z, queries.blocks, pitch, dtype=torch.float32)
     grid = (triton.cdiv(queries.blocks, 32), triton.cdiv(keys.blocks, 64), z)
     _whole_bias_kernel[grid](
         prepared.query_squares, prepared.key_variance, keys.counts, bias, 0.5 * prepared.scale**2, BLOCK_BIAS_CLAMP,
         queries.blocks, keys.blocks, pitch, BLOCK_M=32, BLOCK_N=64, HEAD_DIM=head_dim,
-        PRECISION=statistics_precision(q.dtype),
+        PRECISION=plan.statistics_precision,
     )  # fmt: skip
     result = empty(q, z, queries.blocks, pitch, dtype=torch.float32)
     stride = prepared.config.importance_stride
-    rows = 32 if q.dtype == torch.float32 else 64
-    blocks = max(1, rows * stride // queries.size)
+    blocks = max(1, plan.importance_rows * stride // queries.size)
     _importance_kernel[(triton.cdiv(queries.blocks, blocks), z)](
-        q, prepared.keys, queries.tokens, bias, result, prepared.scale * LOG2E, *head_strides(q), heads,
-        queries.blocks, keys.blocks, pitch, prepared.layout.rows, prepared.layout.first[4],
-        QUERY_BLOCK=queries.size, STRIDE=stride, BLOCKS=blocks, BLOCK_N=64, HEAD_DIM=head_dim, PRECISION=precision,
-        num_warps=8 if q.dtype == torch.float32 else 4, num_stages=3,
+        q, prepared.keys, queries.tokens, bias, result, prepared.scale * LOG2E.value, *head_strides(q), heads,
+        queries.blocks, keys.blocks, pitch, prepared.rows.total,
+        QUERY_BLOCK=queries.size, STRIDE=stride, BLOCKS=blocks, BLOCK_N=64, HEAD_DIM=head_dim,
+        PRECISION=plan.precision, num_warps=plan.importance_warps, num_stages=3,
     )  # fmt: skip
     return result.view(batch, heads, queries.blocks, pitch)[..., : keys.blocks]

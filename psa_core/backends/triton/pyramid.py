@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...config import PSAConfig
 from ...ordering import BlockTable, TokenOrder
+from .plan import Plan
 from .storage import ROWS_PER_MEAN, SIZES, Prepared, PyramidRows, empty, head_strides
 
 
@@ -82,14 +83,13 @@ def _store_variance(variance_ptr, at, spread, tokens, HEAD_DIM: tl.constexpr, IS
 @triton.jit(do_not_specialize=SIZES)
 def _pyramid_kernel(
     x_ptr, mean_ptr, tokens_ptr, rows_ptr, variance_ptr, power_ptr,
-    stride_b, stride_h, stride_n, stride_d, heads, blocks, video_blocks,
-    pyramid_rows, first_row_2, first_row_4, first_row_8, first_row_whole,
-    KEY_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HAS_2: tl.constexpr, HAS_4: tl.constexpr, HAS_8: tl.constexpr, IS_KEY: tl.constexpr,
+    stride_b, stride_h, stride_n, stride_d, heads, key_blocks, video_keys, pyramid_rows,
+    KEY_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, POOLED: tl.constexpr, IS_KEY: tl.constexpr,
 ):  # fmt: skip
     # The block is held as eight tiles of every eighth place, so that neighbours merge without moving between threads.
     z, block = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    is_video = block < video_blocks
+    is_video = block < video_keys
+    first_row = key_blocks * KEY_BLOCK
     offs_d = tl.arange(0, HEAD_DIM)
     x_ptr += (z // heads) * stride_b + (z % heads) * stride_h
     rows_ptr += z * pyramid_rows * HEAD_DIM
@@ -107,39 +107,41 @@ def _pyramid_kernel(
     tokens = tl.sum(n0 + n1 + n2 + n3 + n4 + n5 + n6 + n7, axis=0)
     if not IS_KEY:
         squares = x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3 + x4 * x4 + x5 * x5 + x6 * x6 + x7 * x7
-        tl.store(power_ptr + z * blocks + block, tl.sum(tl.sum(squares, axis=1), axis=0))
+        tl.store(power_ptr + z * key_blocks + block, tl.sum(tl.sum(squares, axis=1), axis=0))
 
     x0, n0, s0 = _merge(x0, n0, x1, n1)
     x2, n2, s2 = _merge(x2, n2, x3, n3)
     x4, n4, s4 = _merge(x4, n4, x5, n5)
     x6, n6, s6 = _merge(x6, n6, x7, n7)
     spread = s0 + s2 + s4 + s6
-    _store_variance(variance_ptr, (z * 4 + 0) * blocks + block, spread, tokens, HEAD_DIM, IS_KEY)
-    if HAS_2:
-        _store_level(rows_ptr, first_row_2, block, x0, is_video, 0, 4, KEY_BLOCK, HEAD_DIM)
-        _store_level(rows_ptr, first_row_2, block, x2, is_video, 1, 4, KEY_BLOCK, HEAD_DIM)
-        _store_level(rows_ptr, first_row_2, block, x4, is_video, 2, 4, KEY_BLOCK, HEAD_DIM)
-        _store_level(rows_ptr, first_row_2, block, x6, is_video, 3, 4, KEY_BLOCK, HEAD_DIM)
+    _store_variance(variance_ptr, (z * 4 + 0) * key_blocks + block, spread, tokens, HEAD_DIM, IS_KEY)
+    if POOLED & (KEY_BLOCK // 2):
+        _store_level(rows_ptr, first_row, block, x0, is_video, 0, 4, KEY_BLOCK, HEAD_DIM)
+        _store_level(rows_ptr, first_row, block, x2, is_video, 1, 4, KEY_BLOCK, HEAD_DIM)
+        _store_level(rows_ptr, first_row, block, x4, is_video, 2, 4, KEY_BLOCK, HEAD_DIM)
+        _store_level(rows_ptr, first_row, block, x6, is_video, 3, 4, KEY_BLOCK, HEAD_DIM)
+        first_row += video_keys * (KEY_BLOCK // 2)
 
     x0, n0, s0 = _merge(x0, n0, x2, n2)
     x4, n4, s4 = _merge(x4, n4, x6, n6)
     spread += s0 + s4
-    _store_variance(variance_ptr, (z * 4 + 1) * blocks + block, spread, tokens, HEAD_DIM, IS_KEY)
-    if HAS_4:
-        _store_level(rows_ptr, first_row_4, block, x0, is_video, 0, 2, KEY_BLOCK, HEAD_DIM)
-        _store_level(rows_ptr, first_row_4, block, x4, is_video, 1, 2, KEY_BLOCK, HEAD_DIM)
+    _store_variance(variance_ptr, (z * 4 + 1) * key_blocks + block, spread, tokens, HEAD_DIM, IS_KEY)
+    if POOLED & (KEY_BLOCK // 4):
+        _store_level(rows_ptr, first_row, block, x0, is_video, 0, 2, KEY_BLOCK, HEAD_DIM)
+        _store_level(rows_ptr, first_row, block, x4, is_video, 1, 2, KEY_BLOCK, HEAD_DIM)
+        first_row += video_keys * (KEY_BLOCK // 4)
 
     x0, n0, s0 = _merge(x0, n0, x4, n4)
     spread += s0
-    _store_variance(variance_ptr, (z * 4 + 2) * blocks + block, spread, tokens, HEAD_DIM, IS_KEY)
-    if HAS_8:
-        _store_level(rows_ptr, first_row_8, block, x0, is_video, 0, 1, KEY_BLOCK, HEAD_DIM)
+    _store_variance(variance_ptr, (z * 4 + 2) * key_blocks + block, spread, tokens, HEAD_DIM, IS_KEY)
+    if POOLED & (KEY_BLOCK // 8):
+        _store_level(rows_ptr, first_row, block, x0, is_video, 0, 1, KEY_BLOCK, HEAD_DIM)
 
     whole = tl.sum(x0 * n0[:, None], axis=0) / tokens
     apart = x0 - whole[None, :]
     spread += apart * apart * n0[:, None]
-    _store_variance(variance_ptr, (z * 4 + 3) * blocks + block, spread, tokens, HEAD_DIM, IS_KEY)
-    tl.store(rows_ptr + (first_row_whole + block) * HEAD_DIM + offs_d, whole.to(rows_ptr.dtype.element_ty))
+    _store_variance(variance_ptr, (z * 4 + 3) * key_blocks + block, spread, tokens, HEAD_DIM, IS_KEY)
+    tl.store(rows_ptr + (pyramid_rows - key_blocks + block) * HEAD_DIM + offs_d, whole.to(rows_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -160,17 +162,18 @@ def _query_squares_kernel(
 
 def prepare(q: Tensor, k: Tensor, v: Tensor, order: TokenOrder, config: PSAConfig, scale: float) -> Prepared:
     """Order, centre and pool ``[B, H, N, D]`` keys and values; queries stay where they are."""
-    layout = PyramidRows.of(order, config)
+    plan, rows = Plan.of(q, order), PyramidRows.of(order, config)
     mean = _mean_key(k)
-    keys, key_variance, _ = _build_pyramid(k, mean, order.keys, layout, config)
-    values, value_variance, power = _build_pyramid(v, None, order.keys, layout, config)
+    keys, key_variance, _ = _build_pyramid(k, mean, order.keys, rows, plan)
+    values, value_variance, power = _build_pyramid(v, None, order.keys, rows, plan)
     return Prepared(
         q=q,
         k=k,
         order=order,
         config=config,
         scale=scale,
-        layout=layout,
+        plan=plan,
+        rows=rows,
         keys=keys,
         values=values,
         key_variance=key_variance,
@@ -192,21 +195,20 @@ def _mean_key(k: Tensor) -> Tensor:
 
 
 def _build_pyramid(
-    x: Tensor, mean: Tensor | None, table: BlockTable, layout: PyramidRows, config: PSAConfig
+    x: Tensor, mean: Tensor | None, table: BlockTable, rows: PyramidRows, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of every level, their variances, and of values (no mean given) the sum of squares of every block."""
     batch, heads, _, head_dim = x.shape
     z, is_key = batch * heads, mean is not None
-    rows = empty(x, z, layout.rows, head_dim, dtype=x.dtype)
+    pyramid = empty(x, z, rows.total, head_dim, dtype=plan.rows_dtype)
     variance = empty(x, z, 4, table.blocks, *([head_dim] if is_key else []), dtype=torch.float32)
     power = empty(x, z, table.blocks, dtype=torch.float32)
     _pyramid_kernel[(z, table.blocks)](
-        x, mean, table.tokens, rows, variance, power,
-        *head_strides(x), heads, table.blocks, table.video_blocks, layout.rows, *layout.first[1:],
-        KEY_BLOCK=table.size, HEAD_DIM=head_dim,
-        HAS_2=2 in config.levels, HAS_4=4 in config.levels, HAS_8=8 in config.levels, IS_KEY=is_key, num_warps=2,
+        x, mean, table.tokens, pyramid, variance, power,
+        *head_strides(x), heads, table.blocks, table.video_blocks, rows.total,
+        KEY_BLOCK=table.size, HEAD_DIM=head_dim, POOLED=rows.pooled, IS_KEY=is_key, num_warps=2,
     )  # fmt: skip
-    return rows, variance, power
+    return pyramid, variance, power
 
 
 def _query_squares(q: Tensor, table: BlockTable) -> Tensor:

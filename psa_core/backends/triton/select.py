@@ -10,18 +10,8 @@ from torch import Tensor
 from ...config import level_code
 from ...importance import LEVEL_BIAS_CLAMP
 from ...levels import cap_levels, select_by_rank
-from .storage import (
-    COUNTS,
-    PADDED_ROWS,
-    SIZES,
-    SLOTS,
-    Prepared,
-    Selection,
-    empty,
-    head_strides,
-    list_pitch,
-    statistics_precision,
-)
+from .storage import COUNTS, PADDED_ROWS, SIZES, SLOTS, Prepared, Selection, empty, head_strides, list_pitch
+from .tile import LOG2E
 
 NEVER = 2.0  # no cosine is above it
 
@@ -30,9 +20,8 @@ NEVER = 2.0  # no cosine is above it
 def _level_kernel(
     importance_ptr, squares_ptr, key_variance_ptr, value_variance_ptr, power_ptr, codes_ptr, bias_ptr,
     scale_squared, weight, bias_clamp, query_blocks, video_rows, key_blocks, video_keys, last_count, importance_pitch,
-    KEY_BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
-    USED: tl.constexpr, CHOOSE: tl.constexpr, VARIANCE_TERM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    LOG_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, USED: tl.constexpr, CHOOSE: tl.constexpr,
+    VARIANCE_TERM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Choose the level of every video pair (or take it from the codes) and note its second-order logit term.
 
@@ -51,7 +40,7 @@ def _level_kernel(
     if CHOOSE:
         mass = tl.load(importance_ptr + rows * importance_pitch + j[None, :], mask=both, other=0.0)
         mass = mass * mass / tl.load(power_ptr + z)
-        tokens = tl.where(j == video_keys - 1, last_count, KEY_BLOCK)
+        tokens = tl.where(j == video_keys - 1, last_count, 1 << LOG_BLOCK)
         best = tl.full([BLOCK_M, BLOCK_N], weight, tl.float32)
         code = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     else:
@@ -129,8 +118,7 @@ def _one_of_each(codes_ptr, pair, start, listed_keys, coded_keys, BLOCK: tl.cons
 def _list_kernel(
     codes_ptr, bias_ptr, indices_ptr, listed_bias_ptr, counts_ptr,
     query_blocks, video_rows, video_keys, last_count, pitch,
-    KEY_BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, COUNTS: tl.constexpr,
-    PADDED_ROWS: tl.constexpr,
+    LOG_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """List the key blocks of one query block, level after level. A query block of exact tokens takes all at level 1.
 
@@ -142,7 +130,7 @@ def _list_kernel(
     listed_bias_ptr += (z * query_blocks + row) * pitch
     counts_ptr += (z * query_blocks + row) * COUNTS
     coded_keys = tl.where(row < video_rows, video_keys, 0)
-    listed_keys = tl.where(last_count < KEY_BLOCK, video_keys - 1, video_keys)
+    listed_keys = tl.where(last_count < 1 << LOG_BLOCK, video_keys - 1, video_keys)
     slots = tl.arange(0, 8)
     shifts = (12 * tl.minimum(slots, SLOTS - 1)).to(tl.int64)
     counts = tl.zeros([8], tl.int32)
@@ -167,7 +155,7 @@ def _list_kernel(
         before += tl.sum(tl.where(slot[:, None] == slots[None, :], first[None, :], 0), axis=1)
         log_size = tl.where(slot == 4, LOG_BLOCK, slot)
         tl.store(indices_ptr + before, j, mask=is_listed)
-        tl.store(listed_bias_ptr + before, bias * 1.4426950408889634 + log_size, mask=is_listed)
+        tl.store(listed_bias_ptr + before, bias * LOG2E + log_size, mask=is_listed)
         first += ((tl.sum(ones, axis=0) >> shifts) & 4095).to(tl.int32)
 
     # Groups of all listed blocks, and those of a ragged last one at its level.
@@ -180,7 +168,7 @@ def _list_kernel(
             groups += (last_count + (1 << code) - 1) >> code
         if ragged > 0:
             bias = tl.load(bias_ptr + pair + video_keys - 1)
-            tl.store(listed_bias_ptr + pitch - 1, bias * 1.4426950408889634)
+            tl.store(listed_bias_ptr + pitch - 1, bias * LOG2E)
     tl.store(counts_ptr + SLOTS, ragged)
     tl.store(counts_ptr + SLOTS + 1, groups)
 
@@ -211,12 +199,12 @@ def count(prepared: Prepared, selection: Selection) -> tuple[Tensor, Tensor]:
     exact_tokens = tokens - (max(keys.video_blocks - 1, 0) * keys.size + keys.last_video_count) * (
         keys.video_blocks > 0
     )
-    groups = (selection.counts[..., SLOTS + 1] + exact_tokens).double()
+    groups = (selection.counts[..., SLOTS.value + 1] + exact_tokens).double()
     density = (groups * rows.counts).sum(-1) / tokens**2
 
     video = selection.counts[:, : rows.video_blocks].long()
-    ragged = video[..., SLOTS]
-    pairs = dict(zip((1, 2, 4, 8, "block"), video[..., :SLOTS].sum(1).unbind(-1), strict=True))
+    ragged = video[..., SLOTS.value]
+    pairs = dict(zip((1, 2, 4, 8, "block"), video[..., : SLOTS.value].sum(1).unbind(-1), strict=True))
     columns = [
         pairs[level] + (ragged == level_code(level, keys.size)).sum(1) for level in config.levels if level != "skip"
     ]
@@ -258,10 +246,10 @@ def _run_level_kernel(prepared: Prepared, codes: Tensor, importance: Tensor | No
         codes, bias, prepared.scale**2, (config.error_weight or 0.0) / keys.video_blocks, LEVEL_BIAS_CLAMP,
         rows.blocks, rows.video_blocks, keys.blocks, keys.video_blocks, keys.last_video_count,
         0 if importance is None else importance.stride(2),
-        KEY_BLOCK=keys.size, LOG_BLOCK=keys.size.bit_length() - 1, HEAD_DIM=prepared.q.shape[-1],
+        LOG_BLOCK=keys.size.bit_length() - 1, HEAD_DIM=prepared.q.shape[-1],
         USED=sum(1 << slot for slot, level in enumerate((2, 4, 8, "block")) if level in config.levels),
         CHOOSE=importance is not None, VARIANCE_TERM=config.variance_term,
-        BLOCK_M=block_m, BLOCK_N=block_n, PRECISION=statistics_precision(prepared.q.dtype), num_stages=1, num_warps=4,
+        BLOCK_M=block_m, BLOCK_N=block_n, PRECISION=prepared.plan.statistics_precision, num_stages=1, num_warps=4,
     )  # fmt: skip
     return bias
 
@@ -271,11 +259,10 @@ def _list_blocks(prepared: Prepared, codes: Tensor, bias: Tensor) -> Selection:
     pitch = list_pitch(keys.video_blocks)
     indices = empty(codes, *codes.shape[:2], pitch, dtype=torch.int32)
     listed_bias = empty(codes, *codes.shape[:2], pitch, dtype=torch.float32)
-    counts = empty(codes, codes.shape[0], rows.blocks, COUNTS, dtype=torch.int32)
+    counts = empty(codes, codes.shape[0], rows.blocks, COUNTS.value, dtype=torch.int32)
     _list_kernel[(rows.blocks, codes.shape[0])](
         codes, bias, indices, listed_bias, counts,
         rows.blocks, rows.video_blocks, keys.video_blocks, keys.last_video_count, pitch,
-        KEY_BLOCK=keys.size, LOG_BLOCK=keys.size.bit_length() - 1, BLOCK=256, SLOTS=SLOTS, COUNTS=COUNTS,
-        PADDED_ROWS=PADDED_ROWS,
+        LOG_BLOCK=keys.size.bit_length() - 1, BLOCK=256,
     )  # fmt: skip
     return Selection(indices, listed_bias, counts)

@@ -5,49 +5,50 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from ...config import PSAConfig
 from ...ordering import TokenOrder
+from .plan import Plan
 
-SLOTS = 5  # levels 1, 2, 4, 8 and whole block, in this order, whether in use or not
-COUNTS = 8  # integers kept per query block: see Selection.counts
-PADDED_ROWS = 64  # lists of pooled blocks end with a whole tile of so many rows, or a divisor of that
+SLOTS = tl.constexpr(5)  # levels 1, 2, 4, 8 and whole block, in this order, whether in use or not
+COUNTS = tl.constexpr(8)  # integers kept per query block: see Selection.counts
+PADDED_ROWS = tl.constexpr(64)  # lists of pooled blocks end with a whole tile of so many rows, or a divisor of that
 ROWS_PER_MEAN = 512
+# Bytes that ranking takes for a pair (levels.py): a mass and its block in int64, masses up to it and before it, its
+# level and a comparison. PyTorch sorts longer rows out of place, with room for a copy of all, its input included.
+RANKED, RANKED_APART = 4 + 8 + 4 + 4 + 1 + 1, 4 + 8 + 8 + 4 + 8 + 4
+SORTED_IN_PLACE = 4096
 # Kernel arguments that follow from the video's size and the heads. Triton would compile a kernel anew when one of them
 # turns into a multiple of 16 or 1, which nothing gains from: so the self-check compiles for all sizes to come.
 SIZES = (
-    "heads", "tokens", "query_blocks", "key_blocks", "video_rows", "video_keys", "blocks", "video_blocks",
-    "last_count", "pyramid_rows", "first_row_whole",
+    "heads", "tokens", "query_blocks", "key_blocks", "video_rows", "video_keys", "last_count", "pyramid_rows", "pooled",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class PyramidRows:
-    """Where each level's rows begin in a head's pyramid ``[rows, D]``.
+    """Where each level's rows are in a head's pyramid ``[rows, D]``.
 
-    Level 1 comes first with a row for every place of every key block. The pooled levels in use follow with the groups
-    of the video blocks, last the mean of every key block, exact ones included.
+    Level 1 comes first with a row for every place of every key block. The pooled levels in use follow, from fine to
+    coarse, with the groups of the video blocks, last the mean of every key block, exact ones included.
 
     Args:
-        first: First row of levels 1, 2, 4, 8 and whole block; an unused level's is 0.
-        rows: Rows in all.
+        pooled: Groups of a video block at those of the levels 2, 4 and 8 that are in use: as each has half as many as
+            the one before, the number's bits say which. Kernels find a level's first row by it.
+        total: Rows in all.
     """
 
-    first: tuple[int, int, int, int, int]
-    rows: int
+    pooled: int
+    total: int
 
     @staticmethod
     def of(order: TokenOrder, config: PSAConfig) -> PyramidRows:
         """Lay out the levels that the config uses."""
         keys = order.keys
-        next_row = keys.blocks * keys.size
-        first = [0]
-        for size in (2, 4, 8):
-            used = size in config.levels
-            first.append(next_row if used else 0)
-            next_row += keys.video_blocks * (keys.size // size) if used else 0
-        return PyramidRows((first[0], first[1], first[2], first[3], next_row), next_row + keys.blocks)
+        pooled = sum(keys.size // size for size in (2, 4, 8) if size in config.levels)
+        return PyramidRows(pooled, keys.blocks * (keys.size + 1) + keys.video_blocks * pooled)
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,10 @@ class Prepared:
         order: Index tables.
         config: The call's settings.
         scale: Softmax scale.
-        layout: Where each level's rows begin.
-        keys: Pyramid of centred keys ``[Z, rows, D]``, q's dtype.
-        values: Pyramid of values ``[Z, rows, D]``, q's dtype.
+        plan: What the kernels are launched with.
+        rows: Where each level's rows are.
+        keys: Pyramid of centred keys ``[Z, rows, D]``, the plan's dtype.
+        values: Pyramid of values, likewise.
         key_variance: Within-group variance at levels 2, 4, 8, whole ``[Z, 4, key blocks, D]``, fp32.
         value_variance: The same of the values, summed over D ``[Z, 4, key blocks]``, fp32.
         value_power: Mean of ``|v|^2`` of each head ``[Z]``, fp32.
@@ -74,7 +76,8 @@ class Prepared:
     order: TokenOrder
     config: PSAConfig
     scale: float
-    layout: PyramidRows
+    plan: Plan
+    rows: PyramidRows
     keys: Tensor
     values: Tensor
     key_variance: Tensor
@@ -108,13 +111,14 @@ class Selection:
 def workspace_bytes_per_head(q: Tensor, order: TokenOrder, config: PSAConfig) -> int:
     """Temporary memory of one head of one batch item, in bytes."""
     head_dim, keys, queries = q.shape[-1], order.keys, order.queries
-    pyramid = 2 * PyramidRows.of(order, config).rows * head_dim * q.element_size()
+    pyramid = 2 * PyramidRows.of(order, config).total * head_dim * Plan.of(q, order).rows_dtype.itemsize
     statistics = 4 * (4 * keys.blocks * (head_dim + 1) + queries.blocks * head_dim)
     sums = 4 * head_dim * -(-q.shape[2] // ROWS_PER_MEAN)
-    pairs = queries.blocks * (
-        pair_pitch(keys.blocks) * (4 + 1 + 4) + list_pitch(keys.video_blocks) * (4 + 4) + 4 * COUNTS
-    )
-    return pyramid + statistics + sums + pairs
+    pitch = pair_pitch(keys.blocks)
+    chosen = pitch * (1 + 4) + list_pitch(keys.video_blocks) * (4 + 4) + 4 * COUNTS.value
+    if config.selection != "error":  # before anything is listed, masses are ranked; codes are kept twice
+        chosen = max(pitch * (RANKED if keys.video_blocks <= SORTED_IN_PLACE else RANKED_APART), chosen + pitch)
+    return pyramid + statistics + sums + queries.blocks * (4 * pitch + chosen)
 
 
 def pair_pitch(key_blocks: int) -> int:
@@ -124,7 +128,7 @@ def pair_pitch(key_blocks: int) -> int:
 
 def list_pitch(video_blocks: int) -> int:
     """Elements from one query block's list to the next: every block, what fills up tiles, and a tile read ahead."""
-    return pair_pitch(video_blocks + 4 * PADDED_ROWS)
+    return pair_pitch(video_blocks + 4 * PADDED_ROWS.value)
 
 
 def head_strides(x: Tensor) -> tuple[int, int, int, int]:
@@ -136,8 +140,3 @@ def head_strides(x: Tensor) -> tuple[int, int, int, int]:
 def empty(x: Tensor, *shape: int, dtype: torch.dtype) -> Tensor:
     """Uninitialised memory on x's device."""
     return torch.empty(shape, dtype=dtype, device=x.device)
-
-
-def statistics_precision(dtype: torch.dtype) -> str:
-    """Input precision of products of variances: all terms are positive, so tf32 keeps three digits of the sum."""
-    return "tf32x3" if dtype == torch.float32 else "tf32"

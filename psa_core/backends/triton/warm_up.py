@@ -12,6 +12,7 @@ from ...config import PSAConfig
 from ...ordering import TokenOrder
 from .attend import attend
 from .importance import importance
+from .plan import Plan
 from .pyramid import prepare
 from .select import select
 from .storage import COUNTS, Prepared, PyramidRows, Selection, list_pitch
@@ -34,18 +35,19 @@ def warm_up(q: Tensor, k: Tensor, v: Tensor, order: TokenOrder, config: PSAConfi
 
 def attend_to_nothing(q: Tensor, order: TokenOrder, config: PSAConfig, scale: float) -> None:
     """Launch the attention kernel with keys and values of zero and empty lists of blocks."""
-    z, layout = q.shape[0] * q.shape[1], PyramidRows.of(order, config)
+    z, rows = q.shape[0] * q.shape[1], PyramidRows.of(order, config)
     pairs = (z, order.queries.blocks, list_pitch(order.keys.video_blocks))
     unused = q.new_empty(0)
     with torch.cuda.device_of(q):  # each thread has a current device of its own
-        pyramid = q.new_zeros(z, layout.rows, q.shape[-1])
+        pyramid = q.new_zeros(z, rows.total, q.shape[-1])
         prepared = Prepared(
             q=q,
             k=q,
             order=order,
             config=config,
             scale=scale,
-            layout=layout,
+            plan=Plan.of(q, order),
+            rows=rows,
             keys=pyramid,
             values=pyramid,
             key_variance=unused,
@@ -56,6 +58,6 @@ def attend_to_nothing(q: Tensor, order: TokenOrder, config: PSAConfig, scale: fl
         selection = Selection(
             indices=q.new_zeros(pairs, dtype=torch.int32),
             bias=q.new_zeros(pairs, dtype=torch.float32),
-            counts=q.new_zeros(*pairs[:2], COUNTS, dtype=torch.int32),
+            counts=q.new_zeros(*pairs[:2], COUNTS.value, dtype=torch.int32),
         )
         attend(prepared, selection, torch.empty_like(q))

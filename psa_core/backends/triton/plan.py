@@ -1,14 +1,17 @@
-"""Launch settings of the attention kernel, by GPU generation."""
+"""What a call's kernels are launched with on this GPU: types of products, tile sizes, pipelining."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from ...ordering import TokenOrder
 
 
 @dataclass(frozen=True)
-class AttendConfig:
+class AttendTiles:
     """Tile sizes and pipelining of the attention kernel.
 
     Args:
@@ -20,7 +23,6 @@ class AttendConfig:
         exact_stages: Depth of software pipelining at level 1.
         descriptors: Fetch level 1 with the GPU's copy engine, where the installed Triton can.
         max_registers: Registers of a thread at most, so that more programs fit on an SM.
-        precision: Input precision of fp32 matrix products.
         fast: Try a pass without rescaling first. Not where compiling it fails or takes too long: fp32 products are
             unrolled.
     """
@@ -33,8 +35,37 @@ class AttendConfig:
     exact_stages: int
     descriptors: bool = False
     max_registers: int | None = None
-    precision: str = "tf32"
     fast: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Made once for a call, before its first kernel.
+
+    Args:
+        rows_dtype: What the rows of the pyramids are stored in.
+        precision: Input precision of products of queries, keys, weights and values, if they are fp32.
+        statistics_precision: Input precision of products of variances. All terms are positive, so tf32 keeps three
+            digits of the sum.
+        importance_rows: Sampled query rows of a program of the importance kernel.
+        importance_warps: Its warps.
+        attend: Tiles of the attention kernel.
+    """
+
+    rows_dtype: torch.dtype
+    precision: str
+    statistics_precision: str
+    importance_rows: int
+    importance_warps: int
+    attend: AttendTiles
+
+    @staticmethod
+    def of(q: Tensor, order: TokenOrder) -> Plan:
+        """Plan for queries ``[B, H, N, D]`` and how they are cut into blocks."""
+        tiles = _attend_tiles(capability(q.device), q.dtype, q.shape[-1], order.queries.size)
+        if q.dtype == torch.float32:
+            return Plan(q.dtype, "ieee", "tf32x3", importance_rows=32, importance_warps=8, attend=tiles)
+        return Plan(q.dtype, "tf32", "tf32", importance_rows=64, importance_warps=4, attend=tiles)
 
 
 def capability(device: torch.device) -> int:
@@ -45,25 +76,22 @@ def capability(device: torch.device) -> int:
     return major * 10 + minor
 
 
-def attend_config(sm: int, dtype: torch.dtype, head_dim: int, query_block: int) -> AttendConfig:
-    """Settings for a compute capability, dtype, head dim and query block."""
+def _attend_tiles(sm: int, dtype: torch.dtype, head_dim: int, query_block: int) -> AttendTiles:
     if dtype == torch.float32:
-        return AttendConfig(
-            block_m=64, block_n=64, num_warps=8, num_stages=1, exact_n=64, exact_stages=1, precision="ieee", fast=False
-        )
+        return AttendTiles(block_m=64, block_n=64, num_warps=8, num_stages=1, exact_n=64, exact_stages=1, fast=False)
     if sm == 90 and head_dim == 128:  # two programs of 128 rows share an SM and take turns on its tensor cores
-        return AttendConfig(
+        return AttendTiles(
             block_m=query_block, block_n=32, num_warps=4, num_stages=3, exact_n=64, exact_stages=2, descriptors=True
         )
     if sm == 90:  # three programs of 128 rows, or four of 64
-        return AttendConfig(
+        return AttendTiles(
             block_m=query_block, block_n=32, num_warps=4, num_stages=3, exact_n=64, exact_stages=3,
             max_registers=168 if query_block == 128 else 128,
         )  # fmt: skip
     if sm == 100:
-        return AttendConfig(
+        return AttendTiles(
             block_m=64, block_n=64, num_warps=8, num_stages=2, exact_n=64, exact_stages=2, fast=False
         )  # Triton 3.6 fails to compile the fast pass's check for overflow there
     if head_dim == 128:  # more rows would spill registers
-        return AttendConfig(block_m=64, block_n=64, num_warps=4, num_stages=2, exact_n=64, exact_stages=2)
-    return AttendConfig(block_m=query_block, block_n=64, num_warps=8, num_stages=2, exact_n=64, exact_stages=2)
+        return AttendTiles(block_m=64, block_n=64, num_warps=4, num_stages=2, exact_n=64, exact_stages=2)
+    return AttendTiles(block_m=query_block, block_n=64, num_warps=8, num_stages=2, exact_n=64, exact_stages=2)
