@@ -144,7 +144,7 @@ GENERATIONS = (86, 90, 100, 120)
 def all_cases(sm: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every kernel in half and full precision on one GPU of each generation; on the others the one with own settings.
 
-    In full precision only shared memory is asked for: the larger head dim takes more of it, and sm_120 what sm_86 takes.
+    In full precision only shared memory is asked for: the larger head dim takes more, and sm_120 what sm_86 takes.
     """
     for head_dim in (64, 128):
         for dtype in (torch.bfloat16, torch.float32):
