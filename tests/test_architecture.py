@@ -71,10 +71,11 @@ NODE_ARROWS = {
     "override": {"models.sequence", "session", "shared_by_copies", "words"},
     "status": {"words"},
     "preset_loader": set(),
-    "preset": {"preset_loader"},
+    "schedule_inputs": set(),
+    "preset": {"preset_loader", "schedule_inputs"},
     "attention_patch": {
         *("gate", "models.known", "models.sequence", "override", "preset_loader", "run_record", "session"),
-        *("shared_by_copies", "status", "words"),
+        *("schedule_inputs", "shared_by_copies", "status", "words"),
     },
     "suggestion": {"probe"},
     "quality_probe": {
