@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .config import PSAConfig
 from .curves import gilbert_curve, raster_curve, tile_curve
-from .layout import TokenLayout
+from .layout import Grid, TokenLayout
 
 
 @dataclass(frozen=True)
@@ -81,19 +81,21 @@ def order_tokens(layout: TokenLayout, config: PSAConfig, device: torch.device) -
 
 
 def _split_tokens(layout: TokenLayout, config: PSAConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Video tokens along the curve, and exact tokens in their own order."""
-    if config.order == "gilbert":
-        curve = gilbert_curve(layout.grid)
-    elif config.order == "tile":
-        curve = tile_curve(layout.grid, config.tile_shape)
-    else:
-        curve = raster_curve(layout.grid)
+    """Video tokens along the curve, one video after the other, and exact tokens in their own order."""
+    video = np.concatenate([_curve(grid, config) + start for start, grid in layout.videos])
     is_exact = np.ones(layout.tokens, dtype=bool)
-    is_exact[layout.video_start : layout.video_start + layout.video_tokens] = False
+    is_exact[video] = False
     for start, stop in layout.exact_spans:
         is_exact[start:stop] = True
-    video = curve + layout.video_start
     return video[~is_exact[video]], np.flatnonzero(is_exact)
+
+
+def _curve(grid: Grid, config: PSAConfig) -> NDArray[np.int64]:
+    if config.order == "gilbert":
+        return gilbert_curve(grid)
+    if config.order == "tile":
+        return tile_curve(grid, config.tile_shape)
+    return raster_curve(grid)
 
 
 def _cut_into_blocks(video: NDArray[np.int64], exact: NDArray[np.int64], size: int, device: torch.device) -> BlockTable:

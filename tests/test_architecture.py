@@ -76,8 +76,8 @@ NODE_ARROWS = {
     "schedule_inputs": set(),
     "preset": {"preset_loader", "schedule_inputs"},
     "attention_patch": {
-        *("gate", "models.known", "models.sequence", "override", "preset_loader", "run_record"),
-        *("schedule_inputs", "session", "shared_by_copies", "status", "words"),
+        *("gate", "models.known", "models.sequence", "override", "preset_loader", "run_record", "session"),
+        *("schedule_inputs", "shared_by_copies", "status", "words"),
     },
     "suggestion": {"probe"},
     "quality_probe": {

@@ -100,6 +100,19 @@ def test_config_refuses(settings: dict[str, Any], message: str) -> None:
         ({"grid": (2, 3, 4), "video_start": -2}, "video_start: -2 is not a whole number from 0 up"),
         ({"grid": (2, 3, 4), "video_start": 5, "tokens": 28}, "tokens: 28 is less than 29, where the video ends"),
         ({"grid": (2, 3, 4), "exact_spans": ((20, 30),)}, "exact_spans: (20, 30) is not a (start, stop)"),
+        (
+            {"grid": (2, 3, 4), "video_start": 5, "more_videos": ((28, (1, 2, 2)),)},
+            "more_videos: (28, (1, 2, 2)) is not a (start, grid) with start from 29 up",
+        ),
+        ({"grid": (2, 3, 4), "more_videos": ((24, (1, 2)),)}, "more_videos: (24, (1, 2)) is not a (start, grid)"),
+        (
+            {"grid": (2, 3, 4), "more_videos": ((30, (1, 2, 2)), (33, (1, 1, 1)))},
+            "more_videos: (33, (1, 1, 1)) is not a (start, grid) with start from 34 up",
+        ),
+        (
+            {"grid": (2, 3, 4), "tokens": 33, "more_videos": ((30, (1, 2, 2)),)},
+            "tokens: 33 is less than 34, where the last video ends",
+        ),
     ],
 )
 def test_layout_refuses(arguments: dict[str, Any], message: str) -> None:

@@ -97,11 +97,11 @@ def black_or_noisy_video(model: Any) -> None:
             attend(prepared, codes, out)
             out.mul_(wrong)
 
-        self_check.self_check.cache_clear()
+        self_check.check_once.cache_clear()
         with pytest.MonkeyPatch.context() as broken:
             broken.setattr(reference, "attend", attend_wrongly)
             out = sample(patched)
-        self_check.self_check.cache_clear()
+        self_check.check_once.cache_clear()
         assert torch.equal(out, dense)
         (reason,) = reasons(record(patched))
         assert "self-check of backend reference" in reason
@@ -149,7 +149,7 @@ def torch_compile_breaks_or_freezes_it(model: Any) -> None:
 def look_for_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     from psa_pack.psa_core import backends
 
-    monkeypatch.setattr(backends, "triton_unavailable_reason", lambda *args: None)
+    monkeypatch.setattr(backends, "reason_against", lambda *args: None)
 
 
 @complaint("SolAttn_triton#15; ComfyUI#12698; WanVideoWrapper#92", without=look_for_no_triton)

@@ -57,6 +57,11 @@ CASES: dict[str, tuple[TokenLayout, PSAConfig, int]] = {
     "text first, exact query blocks": (TokenLayout((3, 7, 10), video_start=21), MIXED, 64),
     "text last and an exact span": (TokenLayout((3, 7, 10), 0, 260, ((3, 40),)), MIXED, 64),
     "everything exact but nothing": (TokenLayout((2, 5, 7), 0, 80, ((0, 70),)), MIXED, 64),
+    "several videos between texts": (
+        TokenLayout((2, 7, 8), 9, 330, (), ((121, (1, 9, 7)), (200, (3, 5, 7)))),
+        MIXED,
+        64,
+    ),
     "fewer tokens than a block": (TokenLayout((1, 4, 5)), MIXED, 64),
     "a prime number of tokens": (TokenLayout((1, 1, 331)), MIXED, 64),
     "key blocks smaller than a tile": (TokenLayout((3, 9, 11)), dataclasses.replace(MIXED, **SMALL), 64),

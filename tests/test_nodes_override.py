@@ -156,6 +156,17 @@ def test_precision_above_the_inputs_own_stays_dense(call: Callable[..., Any]) ->
     assert record.sparse_calls == 1
 
 
+@pytest.mark.parametrize("needing", range(3))
+def test_only_what_needs_gradients_stays_dense(call: Callable[..., Any], needing: int) -> None:
+    tensors = [tensor.clone() for tensor in QKV]
+    tensors[needing].requires_grad_()
+    _, record = call(*tensors)
+    assert reasons(record) == {"the call needs gradients, which PSA does not compute": 1}
+    with torch.no_grad():
+        _, record = call(*tensors)
+    assert record.sparse_calls == 1
+
+
 def test_calls_without_a_name_are_told_apart_by_counting(call: Callable[..., Any]) -> None:
     """So that PSA Report shows a row for each block, whichever way it was computed."""
 

@@ -63,7 +63,11 @@ def copy_in_a_block(model: Any, copied: Callable[[Any], Any]) -> None:
     model.set_model_patch_replace(replacement, "dit", "double_block", 0)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy], ids=["deep", "shallow"])
+def each_copied(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: copy.copy(value) for key, value in options.items()}
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, each_copied], ids=["deep", "shallow", "one by one"])
 @pytest.mark.parametrize("where", [copy_in_post_cfg, copy_in_pre_cfg, call_with_a_copy, copy_in_a_block])
 def test_a_copy_of_the_options_is_of_the_same_run(
     model: Any, where: Callable[..., None], copied: Callable[[Any], Any]

@@ -80,20 +80,33 @@ def test_planning_uses_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
     grid=grids,
     before=st.integers(0, 70),
     after=st.integers(0, 70),
+    more=st.lists(st.tuples(st.integers(0, 40), grids), max_size=2),
     span=st.tuples(st.integers(0, 200), st.integers(1, 90)),
     key_block=st.sampled_from([32, 64, 128]),
     order=st.sampled_from(["gilbert", "tile", "raster"]),
 )
 @settings(max_examples=cases(200))
 def test_blocks_hold_every_token_once_and_never_both_kinds(
-    grid: tuple[int, int, int], before: int, after: int, span: tuple[int, int], key_block: int, order: str
+    grid: tuple[int, int, int],
+    before: int,
+    after: int,
+    more: list[tuple[int, tuple[int, int, int]]],
+    span: tuple[int, int],
+    key_block: int,
+    order: str,
 ) -> None:
-    tokens = before + int(np.prod(grid)) + after
+    videos, end = [(before, grid)], before + int(np.prod(grid))
+    for gap, further in more:
+        videos.append((end + gap, further))
+        end += gap + int(np.prod(further))
+    tokens = end + after
     start = min(span[0], tokens - 1)
-    layout = TokenLayout(grid, before, tokens, ((start, min(start + span[1], tokens)),))
+    layout = TokenLayout(grid, before, tokens, ((start, min(start + span[1], tokens)),), tuple(videos[1:]))
+    assert layout.videos == tuple(videos)
     planned = plan_order(layout, PSAConfig(error_weight=0.01, key_block=key_block, order=order), "cpu")
     video = np.zeros(tokens, dtype=bool)
-    video[before : tokens - after] = True
+    for first, shape in videos:
+        video[first : first + int(np.prod(shape))] = True
     video[layout.exact_spans[0][0] : layout.exact_spans[0][1]] = False
     for table in (planned.queries, planned.keys):
         places = table.tokens.numpy().reshape(table.blocks, table.size)
@@ -107,6 +120,14 @@ def test_blocks_hold_every_token_once_and_never_both_kinds(
         full = np.ones(table.blocks, dtype=bool)
         full[[table.video_blocks - 1, table.blocks - 1]] = False
         assert (filled.sum(1)[full] == table.size).all()
+
+
+def test_each_video_follows_its_own_curve() -> None:
+    layout = TokenLayout((2, 6, 5), 7, 200, (), ((80, (3, 4, 4)),))
+    planned = plan_order(layout, PSAConfig(error_weight=0.01), "cpu").keys
+    tokens = planned.tokens[: planned.video_blocks * planned.size].numpy()
+    expected = [gilbert_curve((2, 6, 5)) + 7, gilbert_curve((3, 4, 4)) + 80]
+    np.testing.assert_array_equal(tokens[tokens >= 0], np.concatenate(expected))
 
 
 def test_an_order_of_another_layout_is_refused() -> None:

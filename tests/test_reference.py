@@ -34,6 +34,7 @@ LAYOUTS = {
     "fewer tokens than a block": TokenLayout((1, 4, 5)),
     "one block": TokenLayout((1, 8, 8)),
     "a prime": TokenLayout((1, 1, 131)),
+    "two videos between texts, and a third": TokenLayout((2, 5, 6), 9, 250, (), ((69, (1, 7, 9)), (140, (3, 5, 5)))),
 }
 SMALL_BLOCKS = {"query_block": 64, "key_block": 32}
 

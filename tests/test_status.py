@@ -266,7 +266,10 @@ def backend_error() -> Exception:
 def test_every_reason_of_the_core_has_a_sentence() -> None:
     from psa_pack.nodes.words import SENTENCES
 
-    assert {f"cannot_run.{code}" for code in capability.REASONS} <= SENTENCES.keys()
+    for code, english in capability.REASONS.items():
+        own, chinese = SENTENCES[f"cannot_run.{code}"]
+        assert own == "{english}" and CHINESE.search(chinese)
+        assert fields(chinese) <= fields(english), code  # which is what the reason has values for
 
 
 def test_a_sentence_is_plain_data() -> None:
