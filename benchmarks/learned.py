@@ -51,9 +51,9 @@ def capture(
     return {noise: (_stack(parts, 0), _stack(parts, 1), _stack(parts, 2)) for noise, parts in captured.items()}
 
 
-def load_model() -> WanTransformer:
-    """The demo's transformer with its shipped weights."""
-    weights = {name: value.float() for name, value in load_file(CHECKPOINT).items()}
+def load_model(checkpoint: Path = CHECKPOINT) -> WanTransformer:
+    """A transformer that demo/train.py trained; by default the demo's."""
+    weights = {name: value.float() for name, value in load_file(checkpoint).items()}
     layers = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     model = WanTransformer(
         WanSize(weights["head.modulation"].shape[-1], layers, weights["blocks.0.ffn.0.weight"].shape[0])

@@ -186,7 +186,7 @@ def _block_mask(kept: Tensor, order: TokenOrder) -> BlockMask:
 
 def sage(layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, density: float) -> Iterator[Run]:
     """SageAttention, dense, in the layout in which ComfyUI calls it."""
-    module = _find("sageattention")
+    module = find("sageattention")
     k = k.clone()  # version 1 centres the caller's keys in place
     transposed = [x.transpose(1, 2) for x in (q, k, v)]
     yield Run(
@@ -199,13 +199,13 @@ def sage(layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, density: float) -
 
 def int8_attention(layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, density: float) -> Iterator[Run]:
     """comfy-kitchen's dense int8 attention."""
-    module = _find("comfy_kitchen")
+    module = find("comfy_kitchen")
     yield Run("", lambda: module.int8_attention(q, k, v), 1.0, about={"version": installed("comfy_kitchen")})
 
 
 def sol_attn(layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, density: float) -> Iterator[Run]:
     """comfy-kitchen's Sol-Attn at several thresholds."""
-    module = _find("comfy_kitchen")
+    module = find("comfy_kitchen")
     if q.shape[-1] != 128:
         raise Unavailable(f"takes head dim 128 only, not {q.shape[-1]}")
     transposed = [x.transpose(1, 2) for x in (q, k, v)]
@@ -265,7 +265,8 @@ PEERS: dict[str, Callable[..., Iterator[Run]]] = {
 }
 
 
-def _find(name: str) -> Any:
+def find(name: str) -> Any:
+    """The module of a peer."""
     if importlib.util.find_spec(name) is None:
         raise Unavailable(f"{name} is not installed")
     return importlib.import_module(name)

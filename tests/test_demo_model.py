@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -23,12 +24,18 @@ TINY = {"height": 64, "width": 96, "frames": 5, "layers": 1, "ffn-dim": 64, "dec
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a training of two steps on made-up clips."""
-    folder = tmp_path_factory.mktemp("trained")
+    return train_briefly(tmp_path_factory.mktemp("trained"), "first")
+
+
+def train_briefly(folder: Path, clip_set: str) -> Path:
     generator = torch.Generator().manual_seed(0)
-    shape = (clips.STORED_FRAMES, 3, 24, 36)
-    noise = {name: torch.randint(256, shape, generator=generator, dtype=torch.uint8) for name in clips.NATURAL}
+    noise = {
+        name: torch.randint(256, (clip.frames, 3, 24, 36), generator=generator, dtype=torch.uint8)
+        for name, clip in clips.CLIP_SETS[clip_set].natural.items()
+    }
     save_file(noise, str(folder / "clips.safetensors"))
     command = [sys.executable, DEMO / "train.py", "--clips", folder / "clips.safetensors", "--out", folder]
+    command += ["--clip-set", clip_set]
     command += ["--steps", "2", "--batch", "2", "--sampling-steps", "2"]
     command += [part for name, value in TINY.items() for part in (f"--{name}", str(value))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -57,6 +64,20 @@ def largest(difference: torch.Tensor, of: torch.Tensor) -> float:
 def test_training_writes_what_it_says(trained: Path) -> None:
     names = {path.name for path in trained.iterdir()}
     assert {MODEL, VAE, "train.json", "reconstruction.png", "samples.png"} <= names
+
+
+def test_another_set_of_clips_has_words_of_its_own(tmp_path: Path) -> None:
+    folder = train_briefly(tmp_path, "second")
+    assert json.loads((folder / "train.json").read_text())["clip_set"] == "second"
+    assert (folder / "samples.png").exists()
+    first, second = (clip_set.subjects for clip_set in clips.CLIP_SETS.values())
+    assert first == prompts.SUBJECTS  # the only ones that the demo's node offers
+    assert set(first).isdisjoint(second) and set(second) < set(prompts.WORDS)
+    video = clips.load(folder / "clips.safetensors", clips.CLIP_SETS["second"], (16, 24), torch.device("cpu"))
+    assert tuple(video) == second
+    assert all(clip[:, 0].std() > 0.05 and clip.diff(dim=1).abs().mean() > 0.001 for clip in video.values())
+    with pytest.raises(ValueError, match="lacks bunny, driver, cyclist"):
+        clips.load(folder / "clips.safetensors", clips.CLIP_SETS["first"], (16, 24), torch.device("cpu"))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The demo model's whole language: which prompt becomes which embedding. Shared by training and the demo's node."""
+"""The small models' whole language: which prompt becomes which embedding. Shared by training and the demo's node."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 TEXT_DIM = 4096
 EMPTY, MIRRORED = "", "mirrored"
+SUBJECTS = ("bunny", "driver", "cyclist", "balls", "orbits")  # what the demo's model knows
 # A word is its place here; new ones go to the end, or a trained model would read other words.
-WORDS = (EMPTY, MIRRORED, "bunny", "driver", "cyclist", "balls", "orbits")
-SUBJECTS = WORDS[2:]
+WORDS = (EMPTY, MIRRORED, *SUBJECTS, "rabbit", "talker", "bicycle", "gears", "boats")
 
 
 def embed(words: tuple[str, str]) -> Tensor:

@@ -1,0 +1,310 @@
+"""Ways to answer a video model's self-attention, each told as a row of data.
+
+A row is a mapping such as ``{"error_weight": [0.001, 0.003], "ramp": 1}``. Its keys:
+
+- ``method``: ``psa`` (when not given), ``flash`` (another dense kernel), ``sol_attn`` or ``sage``;
+- ``preset``: ``FILE/NAME``, a preset of this project to begin with, such as ``wan2.1_1.3b/balanced``; ``FILE/*`` stands
+  for all of a file, a row each. Without it: PSA's defaults, from the first step on;
+- any field of PSAConfig or of Schedule; ``ramp`` and ``block_weights`` (``{"0, 3-5": factor}``);
+- ``tau`` of ``sol_attn``;
+- ``name``: what the records call the row's family, where the settings themselves are not telling enough.
+
+A list in ``error_weight``, ``tau``, ``ramp`` or ``start_percent`` stands for a row each. Rows that differ in
+``error_weight`` or ``tau`` alone are one family, the points of one curve.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.peers import Unavailable, find
+from psa_core import PSAConfig, TokenLayout, TokenOrder, plan_order, psa_attention
+from psa_core.presets import load_presets
+from psa_core.schedule import BlockList, Schedule
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = ("psa", "flash", "sol_attn", "sage")
+SWEPT = ("error_weight", "tau", "ramp", "start_percent")
+KNOBS = ("error_weight", "tau")  # what a family's rows differ in
+COMING = ("group_keys", "mass_keys")  # settings that a version of PSAConfig may not have
+RAMP_FLOOR = 1 / 64
+PERCENT_TOLERANCE = 1e-6
+
+# The dense kernel that all videos are compared with, and another one beside it.
+DENSE_KERNELS = {
+    "cuda": (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION),
+    "cpu": (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH),
+}
+
+RowData = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How the error weight varies, as long as :class:`Schedule` does not say it.
+
+    Args:
+        ramp: 0 for one weight; 1 for one that grows in proportion to the share of the sampling that is done.
+        block_weights: A factor for some of the transformer blocks.
+    """
+
+    ramp: float = 0.0
+    block_weights: tuple[tuple[BlockList, float], ...] = ()
+
+    def at(self, percent: float, block: int, blocks: int) -> float:
+        """Factor on the error weight when a share of the sampling is done, in one of the model's blocks."""
+        factor = max(percent, RAMP_FLOOR) ** self.ramp
+        for listed, weight in self.block_weights:
+            if block in listed.resolve(blocks):
+                factor *= weight
+        return factor
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to attend.
+
+    Args:
+        method: One of ``METHODS``.
+        family: Name of its curve.
+        settings: What the row asks for, as data.
+        config: Settings of a sparse call of PSA; of the others none.
+        schedule: Where in a sampling attention is sparse.
+        weights: How the error weight varies, where the schedule cannot say it.
+        tau: Threshold of ``sol_attn``.
+    """
+
+    method: str
+    family: str
+    settings: RowData
+    config: PSAConfig | None = None
+    schedule: Schedule = field(default_factory=Schedule)
+    weights: Weights = field(default_factory=Weights)
+    tau: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name in the records, its own among all rows."""
+        knobs = [f"{knob} {self.settings[knob]:g}" for knob in KNOBS if knob in self.settings]
+        return ", ".join([self.family, *knobs])
+
+    def settings_for(self, percent: float, block: int, layout: TokenLayout, blocks: int) -> PSAConfig | None:
+        """PSA's settings of one call; None where it is dense, and for methods other than PSA."""
+        if self.config is None or self.is_dense(percent, block, layout, blocks):
+            return None
+        if self.config.error_weight is None:
+            return self.config
+        if hasattr(self.schedule, "weight_at"):
+            factor = self.schedule.weight_at(percent, block)
+        else:
+            factor = self.weights.at(percent, block, blocks)
+        return replace(self.config, error_weight=self.config.error_weight * factor)
+
+    def is_dense(self, percent: float, block: int, layout: TokenLayout, blocks: int) -> bool:
+        """Whether the schedule keeps a call dense."""
+        schedule = self.schedule
+        return (
+            percent < schedule.start_percent - PERCENT_TOLERANCE
+            or percent >= schedule.end_percent - PERCENT_TOLERANCE
+            or block in schedule.dense_blocks.resolve(blocks)
+            or layout.tokens < schedule.min_tokens
+        )
+
+
+def read_rows(data: list[RowData]) -> Iterator[Row | tuple[str, str]]:
+    """The rows that data stand for, in their order; name and reason of each that cannot be had here.
+
+    Raises:
+        ValueError: a row has a key or value that there is not.
+    """
+    for given in itertools.chain.from_iterable(map(_expand, data)):
+        try:
+            yield read_row(given)
+        except Unavailable as error:
+            yield _family(given), str(error)
+
+
+def read_row(given: RowData) -> Row:
+    """The row that one mapping stands for.
+
+    Raises:
+        ValueError: a key or value that there is not.
+        Unavailable: the method is not installed, or PSAConfig lacks a setting.
+    """
+    method = given.get("method", "psa")
+    if method not in METHODS:
+        raise ValueError(f"row: method {method!r} is not one of {', '.join(METHODS)}")
+    if method == "sol_attn":
+        find("comfy_kitchen")
+    if method == "sage":
+        find("sageattention")
+    settings = {key: value for key, value in given.items() if key not in ("name", "preset", "method", "tau")}
+    config, schedule = PSAConfig(error_weight=0.0), Schedule()
+    if "preset" in given:
+        file, _, name = given["preset"].partition("/")
+        presets = load_presets(ROOT / "presets" / f"{file}.yaml")
+        if name not in presets:
+            raise ValueError(f"row: preset {name!r} is not one of {file}'s: {', '.join(presets)}")
+        preset = presets[name]
+        # The models here are smaller than those that presets are for.
+        config, schedule = preset.config, replace(preset.schedule, min_tokens=0)
+    config = _with(config, settings)
+    schedule, weights = _with_weights(_with(schedule, settings), settings)
+    if settings:
+        raise ValueError(f"row: unknown {', '.join(settings)} in {dict(given)!r}")
+    return Row(
+        method=method,
+        family=_family(given),
+        settings=dict(given),
+        config=config if method == "psa" else None,
+        schedule=schedule,
+        weights=weights,
+        tau=given.get("tau"),
+    )
+
+
+def _expand(given: RowData) -> Iterator[RowData]:
+    """A row for every value of its lists, and for every preset of a file."""
+    presets = [given.get("preset")]
+    if str(presets[0]).endswith("/*"):
+        file = given["preset"][:-2]
+        presets = [f"{file}/{name}" for name in load_presets(ROOT / "presets" / f"{file}.yaml")]
+    swept = [key for key in SWEPT if isinstance(given.get(key), list)]
+    for preset, *values in itertools.product(presets, *(given[key] for key in swept)):
+        chosen = {"preset": preset} if preset else {}
+        yield {**given, **chosen, **dict(zip(swept, values, strict=True))}
+
+
+def _family(given: RowData) -> str:
+    """A name for all rows that differ from this one in a knob alone."""
+    if "name" in given:
+        return str(given["name"])
+    parts = [given["method"]] if "method" in given else []
+    parts += [given["preset"].partition("/")[2]] if "preset" in given else []
+    for key, value in given.items():
+        if key not in (*KNOBS, "method", "preset"):
+            shown = " ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else value
+            parts.append(f"{key} {shown}")
+    return ", ".join(parts) or "flat"
+
+
+def _with(settings: Any, given: dict[str, Any]) -> Any:
+    """Settings with those of their fields that are given, which are taken out of what is given."""
+    names = {part.name for part in fields(settings)}
+    if isinstance(settings, PSAConfig):
+        for name in COMING:
+            if name in given and name not in names:
+                raise Unavailable(f"this PSAConfig has no {name}")
+    mine: dict[str, Any] = {}
+    for name in [name for name in given if name in names and name not in ("ramp", "block_weights")]:
+        value = given.pop(name)
+        mine[name] = tuple(value) if isinstance(value, list) else value
+    if "dense_blocks" in mine:
+        mine["dense_blocks"] = BlockList.parse(mine["dense_blocks"])
+    return replace(settings, **mine)
+
+
+def _with_weights(schedule: Schedule, given: dict[str, Any]) -> tuple[Schedule, Weights]:
+    """The schedule and the weights that it cannot say yet."""
+    ramp, block_weights = given.pop("ramp", None), given.pop("block_weights", None)
+    if hasattr(schedule, "weight_at"):
+        mine = {"ramp": ramp, "block_weights": block_weights}
+        return replace(schedule, **{name: value for name, value in mine.items() if value is not None}), Weights()
+    listed = tuple((BlockList.parse(text), factor) for text, factor in (block_weights or {}).items())
+    return schedule, Weights(ramp or 0.0, listed)
+
+
+class DenseAttention:
+    """Dense attention by one of PyTorch's kernels."""
+
+    percent = 0.0
+
+    def __init__(self, device: torch.device, other: bool = False) -> None:
+        self._kernel = DENSE_KERNELS[device.type][other]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
+        """See :class:`benchmarks.small_models.VideoAttention`."""
+        with sdpa_kernel(self._kernel):
+            return scaled_dot_product_attention(q, k, v)
+
+    def work(self) -> float | None:
+        """Mean share of the dense work over all calls."""
+        return 1.0
+
+
+class RowAttention:
+    """One video's self-attention as a row says; counts its work.
+
+    Args:
+        row: How to attend.
+        layout: The video's tokens.
+        blocks: Transformer blocks of the model.
+        device: Where the calls are.
+    """
+
+    def __init__(self, row: Row, layout: TokenLayout, blocks: int, device: torch.device) -> None:
+        self.percent = 0.0
+        self._row, self._layout, self._blocks = row, layout, blocks
+        self._dense = DenseAttention(device, other=row.method == "flash")
+        self._order: TokenOrder | None = plan_order(layout, row.config, device) if row.config else None
+        self._peer = _peer(row)
+        self._densities: list[Tensor] = []
+        self._calls = self._dense_calls = 0
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
+        """See :class:`benchmarks.small_models.VideoAttention`."""
+        self._calls += 1
+        if self._row.is_dense(self.percent, block, self._layout, self._blocks):
+            self._dense_calls += 1
+            return self._dense(q, k, v, block)
+        if self._peer is not None:
+            return self._peer(q, k, v)
+        config = self._row.settings_for(self.percent, block, self._layout, self._blocks)
+        if config is None:  # the other dense kernel
+            self._dense_calls += 1
+            return self._dense(q, k, v, block)
+        # As the node does, which counts every call.
+        out = psa_attention(q, k, v, layout=self._layout, config=config, order=self._order, stats=True)
+        assert isinstance(out, tuple)
+        self._densities.append(out[1].density.mean())
+        return out[0]
+
+    def work(self) -> float | None:
+        """Mean share of the dense work over all calls; None where the method does not tell."""
+        if self._row.method == "sage":
+            return 1.0
+        if self._row.method == "sol_attn":
+            return None
+        sparse = float(torch.stack(self._densities).double().sum()) if self._densities else 0.0
+        return (sparse + self._dense_calls) / self._calls
+
+
+def _peer(row: Row) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """Attention by somebody else's kernel, called as in :mod:`benchmarks.peers`."""
+    if row.method == "sol_attn":
+        kitchen = find("comfy_kitchen")
+
+        def sol(*tensors: Tensor) -> Tensor:
+            out: Tensor = kitchen.sol_attn(*(x.transpose(1, 2) for x in tensors), tau=row.tau)
+            return out.transpose(1, 2)
+
+        return sol
+    if row.method == "sage":
+        module = find("sageattention")
+
+        def sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            # Version 1 centres the caller's keys in place; nobody needs them afterwards here.
+            out: Tensor = module.sageattn(*(x.transpose(1, 2) for x in (q, k, v)), tensor_layout="NHD", is_causal=False)
+            return out.transpose(1, 2)
+
+        return sage
+    return None
