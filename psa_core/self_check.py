@@ -123,7 +123,7 @@ class _Role:
 def _cast(keys: BlockTable, config: PSAConfig, dtype: torch.dtype) -> list[_Role]:
     """The roles of all video key blocks, which take turns through the levels."""
     levels, counts = config.levels, keys.counts[: keys.video_blocks].tolist()
-    negligible = math.log(LIMITS[dtype] / 50)
+    negligible = math.log(torch.finfo(dtype).eps / 10)
     ranking = sorted(range(len(counts)), key=lambda block: (block % len(levels), block))
     roles = []
     for block, tokens in enumerate(counts):
