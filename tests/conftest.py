@@ -91,6 +91,14 @@ def _like_any_other() -> Iterator[None]:
         assert not hiding, f"{hiding} stand before ComfyUI in sys.path, and have a package `nodes` of their own"
 
 
+@pytest.fixture
+def all_cases_tried(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Hypothesis ends early where it runs out of cases: no property may."""
+    yield
+    if said := getattr(request.node, "hypothesis_statistics", ""):
+        assert "Stopped because settings.max_examples" in said
+
+
 @pytest.fixture(scope="session")
 def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The source folder of a real ComfyUI, importable and set to the CPU."""

@@ -17,6 +17,8 @@ from psa_pack.psa_core.curves import gilbert_curve, raster_curve, tile_curve
 
 from conftest import cases
 
+pytestmark = pytest.mark.usefixtures("all_cases_tried")
+
 grids = st.tuples(st.integers(1, 9), st.integers(1, 14), st.integers(1, 14))
 
 

@@ -1,14 +1,10 @@
-"""What holds for every grid, text, dtype and selection: random cases, the same in every run but that of `make fuzz`.
-
-2640 cases with those of test_orders.py, 140 of them with the kernels in Triton's interpreter.
-"""
+"""What holds for every grid, text, dtype and selection: random cases, the same in every run but that of `make fuzz`."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import math
-import re
 from typing import Any
 
 import pytest
@@ -34,7 +30,7 @@ from oracle import (
     rounding_error,
 )
 
-CASES, INTERPRETED = 2640, 140  # as the text above says
+pytestmark = pytest.mark.usefixtures("all_cases_tried")
 
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64])
 SEEDS = st.integers(0, 2**16)
@@ -287,21 +283,3 @@ def test_kernels_are_finite_wherever_dense_attention_is(
     finite = torch.isfinite(dense_fp32(q, k, v).to(dtype)).all(-1)
     out = psa_attention(q, k, v, layout=layout, config=config, backend="triton")
     assert torch.isfinite(out).all(-1)[finite].all()
-
-
-def test_so_many_cases_were_tried(request: pytest.FixtureRequest) -> None:
-    """Hypothesis ends early where it runs out of cases, so count those that passed."""
-    names = ("test_properties.py", "test_orders.py")
-    items = [item for item in request.session.items if item.path.name in names]
-    properties = [item for item in items if getattr(item.obj, "is_hypothesis_test", False)]
-    counted = {item.name: passing_cases(item) for item in properties if hasattr(item, "hypothesis_statistics")}
-    if len(counted) < 9:
-        pytest.skip(f"only {len(counted)} of the 9 properties were tried before this in this process")
-    interpreted = [item.name for item in properties if item.get_closest_marker("interpreter")]
-    assert sum(counted.values()) == cases(CASES), counted
-    assert sum(counted[name] for name in interpreted) == cases(INTERPRETED)
-
-
-def passing_cases(item: pytest.Item) -> int:
-    """Cases of a property that were tried and passed, in all of hypothesis's phases."""
-    return sum(map(int, re.findall(r"(\d+) passing", item.hypothesis_statistics)))
