@@ -314,14 +314,14 @@ def test_a_failed_self_check_turns_the_run_dense(model: Any, dense: Tensor, monk
 
     checked = []
 
-    def fail(device: torch.device, dtype: torch.dtype, head_dim: int, backend: str) -> None:
-        checked.append((device.type, dtype, head_dim, backend))
+    def fail(device: torch.device, dtype: torch.dtype, head_dim: int, backend: str, config: PSAConfig) -> None:
+        checked.append((device.type, dtype, head_dim, backend, config.error_weight))
         raise session.SelfCheckFailed("the kernel differs from dense attention")
 
     monkeypatch.setattr(session, "self_check", fail)
     patched = patch(model, **SPARSE)
     assert torch.equal(sample(patched), dense)
-    assert checked == [("cpu", torch.float32, 128, "reference")]
+    assert checked == [("cpu", torch.float32, 128, "reference", 1.0)]
     assert reasons(record(patched)) == {
         "because PSA could not run (the kernel differs from dense attention)": 4 * BLOCKS
     }

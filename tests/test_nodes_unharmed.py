@@ -234,12 +234,15 @@ def gradients(network: torch.nn.Module, options: dict[str, Any]) -> list[Tensor]
     return [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None]
 
 
-def test_inputs_that_need_gradients_stay_dense(model: Any) -> None:
+def test_inputs_that_need_gradients_stay_dense(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As under LoRA training, which samples a clone of the model with gradients on."""
+    import comfy.model_management
     from comfy.patcher_extension import WrappersMP
     from psa_pack.nodes.attention_patch import AttentionPatch
     from psa_pack.nodes.session import Session
 
+    # As its training node sets it; only a newer ComfyUI has it.
+    monkeypatch.setattr(comfy.model_management, "in_training", True, raising=False)
     settings = patch_settings(patch(model, **SPARSE))
     session = Session(settings, lambda percent: 1 - percent, lambda lines: None)
     wrapper = AttentionPatch(settings, lambda lines: None).around_model_call
