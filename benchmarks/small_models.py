@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from prompts import EMPTY, embed
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.learned import load_model
 from clips import CLIP_SETS
+from prompt_node.prompts import EMPTY, embed
 from train import SHIFT, shifted
 from wan import LATENT_CHANNELS, LATENT_MEAN, LATENT_STD, PATCH, Attention, WanDecoder, WanTransformer
 
@@ -153,7 +153,9 @@ class _ReplacedAttention(nn.Module):
         self.attention, self.block = attention, block
 
     def forward(self, x: Tensor, context: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        out = self.attend(*self.attention.project(x, context, angles), self.block)
+        q, k, v = self.attention.project(x, context, angles)
+        with torch.autocast(x.device.type, enabled=False):  # in ComfyUI there is none, which would round PSA's sums
+            out = self.attend(q, k, v, self.block)
         return self.attention.o(out.transpose(1, 2).flatten(2))
 
 
