@@ -5,7 +5,8 @@
 
 ``pareto``: error against time of every method, a panel per case (``pareto-all``: per case and input). ``tokens``: time
 against the length of the video. ``stages``: where PSA's time goes. ``sampling``: whole steps in ComfyUI, where there
-are results of it. A method's line joins what none of its other settings beats in time and error.
+are results of it. ``videos``: whole videos of small models, PSNR against work and time (``videos-all``: at every length
+and number of steps). A method's line joins what none of its other settings beats in time and error.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ import argparse
 import json
 import math
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.plot_style import GREY, STYLES, THEMES, Style, Theme, dress, grouped, numbers  # noqa: E402
+from benchmarks.plot_videos import draw_videos, main_case  # noqa: E402
 from benchmarks.results_file import RESULTS, Record  # noqa: E402
+from benchmarks.trade_off import cases_of  # noqa: E402
 
 TITLES = {
     "wan2.1_14b_720p_81f": "Wan 2.1 14B, 720p",
@@ -49,40 +51,7 @@ FIXED_DENSITY = "density 0.15"
 DENSE = ("cudnn", "flash")
 
 
-@dataclass(frozen=True)
-class Style:
-    """How a method looks; colours tell apart for the colour-blind and read on white and on black."""
-
-    label: str
-    colour: str
-    marker: str
-
-
-GREY = "#858b93"
-STYLES = {
-    "cudnn": Style("cuDNN, dense", GREY, "s"),
-    "flash": Style("FlashAttention, dense", GREY, "D"),
-    "psa": Style("PSA for ComfyUI", "#2b87e3", "o"),
-    "sol_attn": Style("Sol-Attn", "#0fa37c", "^"),
-    "official": Style("official PSA", "#dd5f1c", "X"),
-    "flex": Style("FlexAttention", "#d99a00", "v"),
-    "sage": Style("SageAttention, dense", "#c973ae", "P"),
-    "int8_attention": Style("int8, dense", "#9a7ad6", "h"),
-}
 STAGES = {"prepare": "#7ab8f0", "importance": "#0fa37c", "select": "#d99a00", "attend": "#2b87e3", "count": "#c973ae"}
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of a page."""
-
-    name: str
-    text: str
-    grid: str
-    page: str
-
-
-THEMES = (Theme("light", "#1f2328", "#d9dee4", "#ffffff"), Theme("dark", "#e6edf3", "#343b44", "#0d1117"))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -90,6 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     matplotlib.rcParams |= {"svg.hashsalt": "psa", "font.size": 8.5}  # the same results give the same bytes
     attention = read_records(args.results / f"attention-{args.device}.json")
     sampling = read_records(args.results / f"sampling-{args.device}.json")
+    videos = read_records(args.results / f"whole-video-{args.device}.json")
     pictures: dict[str, Callable[[Theme], Figure]] = {}
     if attention:
         pictures = {
@@ -100,6 +70,10 @@ def main(arguments: list[str] | None = None) -> None:
         }
     if sampling:
         pictures["sampling"] = lambda theme: draw_sampling(sampling, theme)
+    if videos:
+        cases = cases_of(videos, "test") or cases_of(videos, "tuning")
+        pictures["videos"] = lambda theme: draw_videos(main_case(cases), theme)
+        pictures["videos-all"] = lambda theme: draw_videos(cases, theme)
     args.out.mkdir(parents=True, exist_ok=True)
     for name, draw in pictures.items():
         for theme in THEMES:
@@ -115,8 +89,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     parser.add_argument("--format", choices=("svg", "png"), default="svg")
     args = parser.parse_args(arguments)
-    files = [path for kind in ("attention", "sampling") for path in args.results.glob(f"{kind}-*.json")]
-    devices = sorted({path.stem.partition("-")[2] for path in files})
+    kinds = ("attention-", "sampling-", "whole-video-")
+    devices = sorted({path.stem.removeprefix(kind) for kind in kinds for path in args.results.glob(f"{kind}*.json")})
     if args.device is None and len(devices) == 1:
         args.device = devices[0]
     if args.device not in devices:
@@ -131,14 +105,6 @@ def read_records(path: Path) -> list[Record]:
         return []
     records: list[Record] = json.loads(path.read_text(encoding="utf-8"))["records"]
     return [record for record in records if "failed" not in record]
-
-
-def grouped(records: Iterable[Record], *names: str) -> dict[tuple[Any, ...], list[Record]]:
-    """Records that agree in these entries, in the order in which they come."""
-    groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
-    for record in records:
-        groups[tuple(record[name] for name in names)].append(record)
-    return dict(groups)
 
 
 def main_panels(records: list[Record]) -> dict[str, list[Record]]:
@@ -332,24 +298,6 @@ def draw_sampling(records: list[Record], theme: Theme) -> Figure:
     for axis in figure.axes[-columns:]:
         axis.set_xlabel("seconds per step", color=theme.text)
     return figure
-
-
-def dress(axis: Axes, theme: Theme, title: str) -> None:
-    """A quiet frame in a theme's colours."""
-    axis.set_facecolor("none")
-    axis.set_title(title, color=theme.text, fontsize=8.5)
-    axis.tick_params(colors=theme.text, which="both", length=0)
-    axis.grid(color=theme.grid, linewidth=0.6)
-    axis.set_axisbelow(True)
-    for side in axis.spines.values():
-        side.set_visible(False)
-
-
-def numbers(axis: Any, text: Callable[[float], str]) -> None:
-    """Ticks of a logarithmic axis at 1, 2 and 5."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
 
 
 if __name__ == "__main__":

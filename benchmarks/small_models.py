@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from prompts import EMPTY, embed
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.learned import load_model
 from clips import CLIP_SETS
+from prompt_node.prompts import EMPTY, embed
 from train import SHIFT, shifted
 from wan import LATENT_CHANNELS, LATENT_MEAN, LATENT_STD, PATCH, Attention, WanDecoder, WanTransformer
 

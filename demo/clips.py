@@ -200,8 +200,9 @@ def _boats(seconds: float, x: Tensor, y: Tensor) -> Tensor:
     image = _disc(image, x + 0.85, y + 0.28, 0.2, _color(1.0, 0.92, 0.62))
     for row in range(7):
         depth = (row + 1) / 7
-        below = (y > _sea(row, x, seconds)).float()
-        crest = torch.exp(-(((y - _sea(row, x, seconds)) / (0.02 + 0.03 * depth)) ** 2)).unsqueeze(0)
+        under = y - _sea(row, x, seconds)
+        below = (under > 0).float()
+        crest = torch.exp(-((under / (0.02 + 0.03 * depth)) ** 2)).unsqueeze(0)
         water = _color(0.10, 0.24, 0.36) * (1.25 - 0.6 * depth) + 0.35 * crest * _color(0.9, 0.85, 0.75)
         image = image * (1 - below) + below * water
         if row in (2, 4):
