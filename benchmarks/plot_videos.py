@@ -73,6 +73,7 @@ def style_families(points: Sequence[Point]) -> dict[str, Style]:
 def _plot(axis: Axes, points: list[Point], x_of: str, styles: dict[str, Style], theme: Theme) -> None:
     """Curves of families, and single points with their names."""
     shown = [point for point in points if getattr(point, x_of) is not None and point.family != FLOOR]
+    axis.margins(0.2, 0.08)  # room for the names
     for family in dict.fromkeys(point.family for point in shown):
         mine = sorted((getattr(point, x_of), point.psnr) for point in shown if point.family == family)
         x, y = zip(*mine, strict=True)
@@ -81,9 +82,7 @@ def _plot(axis: Axes, points: list[Point], x_of: str, styles: dict[str, Style], 
             axis.plot(x, y, color=style.colour, marker=style.marker, markersize=4.5, markeredgewidth=0, linewidth=1.5)
         else:
             axis.plot(x, y, "*", color=theme.text, markersize=7, markeredgewidth=0, zorder=4)
-            axis.annotate(
-                family, (x[0], y[0]), (4, 3), textcoords="offset points", color=theme.text, fontsize=7, clip_on=True
-            )
+            axis.annotate(family, (x[0], y[0]), (4, 3), textcoords="offset points", color=theme.text, fontsize=7)
 
 
 def _floor(points: list[Point]) -> str:

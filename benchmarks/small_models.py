@@ -153,7 +153,9 @@ class _ReplacedAttention(nn.Module):
         self.attention, self.block = attention, block
 
     def forward(self, x: Tensor, context: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        out = self.attend(*self.attention.project(x, context, angles), self.block)
+        q, k, v = self.attention.project(x, context, angles)
+        with torch.autocast(x.device.type, enabled=False):  # in ComfyUI there is none, which would round PSA's sums
+            out = self.attend(q, k, v, self.block)
         return self.attention.o(out.transpose(1, 2).flatten(2))
 
 
