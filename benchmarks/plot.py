@@ -49,8 +49,6 @@ TITLES = {
 MAIN_INPUTS = ("learned 0.6", "structured")  # a case's panel shows the first of these that was measured
 FIXED_DENSITY = "density 0.15"
 DENSE = ("cudnn", "flash")
-
-
 STAGES = {"prepare": "#7ab8f0", "importance": "#0fa37c", "select": "#d99a00", "attend": "#2b87e3", "count": "#c973ae"}
 
 
