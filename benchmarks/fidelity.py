@@ -6,8 +6,8 @@
 At every noise level each choice is set to the same density, so that errors can be compared. Writes
 ``fidelity-<tokens>-<device>.json``:
 ``{device, versions, commit, grid, heads, records}`` with records of
-``{noise, choice, error_weight, density, rel_l2, worst_head, first_frame}``, of which the last is the error of the first
-latent frame alone.
+``{noise, choice, error_weight, density, rel_l2, worst_head, first_frame, milliseconds}``: ``first_frame`` is the error of
+the first latent frame alone, ``milliseconds`` the median time of the whole call (on a GPU, else null).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,12 +27,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.learned import capture  # noqa: E402
+from benchmarks.measure import timed  # noqa: E402
 from benchmarks.results_file import RESULTS, checked_out_commit, describe_machine  # noqa: E402
 from psa_core import PSAConfig, TokenLayout, plan_order, psa_attention  # noqa: E402
 from psa_core.bench import config_of_density  # noqa: E402
 
 NOISES = (0.9, 0.6, 0.3)
 BASE = PSAConfig(error_weight=0.01)
+SORTED = replace(BASE, group_keys=True)
 FIRST_FRAME_EXACT = "first latent frame exact"
 CHOICES: dict[str, PSAConfig] = {
     "default": BASE,
@@ -41,6 +44,15 @@ CHOICES: dict[str, PSAConfig] = {
     "key blocks of 32": replace(BASE, key_block=32),
     "key blocks of 128": replace(BASE, key_block=128),
     "importance from every row": replace(BASE, importance_stride=1),
+    "keys in order of content": SORTED,
+    **{
+        f"the same, importance from means of {group}, every {stride}th row": replace(
+            SORTED, importance_group=group, importance_stride=stride
+        )
+        for group, stride in ((64, 16), (32, 8), (32, 4), (16, 16), (16, 8), (16, 4), (8, 8))
+    },
+    "the same, key blocks of 128": replace(SORTED, key_block=128),
+    "the same, key blocks of 32": replace(SORTED, key_block=32),
     "without the second-order term": replace(BASE, variance_term=False),
     "levels 1 and block": replace(BASE, levels=(1, "block")),
     FIRST_FRAME_EXACT: BASE,
@@ -78,7 +90,9 @@ def main() -> None:
                 "rel_l2": float(apart.norm() / exact.norm()),
                 "worst_head": float((apart / exact.norm(dim=(2, 3))).max()),
                 "first_frame": float(difference[:, :, first_frame].norm() / exact[:, :, first_frame].norm()),
+                "milliseconds": milliseconds(layout_for(name, grid), config, q, k, v),
             }
+            del out, difference
             records.append(record)
             print(f"noise {noise}  {name:<30} density {density:.3f}  error {record['rel_l2']:.4f}", flush=True)
     machine = describe_machine(args.commit) | {"grid": grid, "heads": q.shape[1], "records": records}
@@ -105,6 +119,14 @@ def list_choices(grid: tuple[int, int, int], q: Tensor, k: Tensor, v: Tensor, de
         choices[name] = replace(config, error_weight=found.error_weight)
     choices["top-k 1 2 8 skip"] = TOPK
     return choices | {f"error_weight {weight:g}": replace(BASE, error_weight=weight) for weight in WEIGHTS}
+
+
+def milliseconds(layout: TokenLayout, config: PSAConfig, q: Tensor, k: Tensor, v: Tensor) -> float | None:
+    """Median time of the whole call, as the nodes make it."""
+    if q.device.type != "cuda":
+        return None
+    order = plan_order(layout, config, q.device)
+    return timed(partial(psa_attention, q, k, v, layout=layout, config=config, order=order, stats=True))
 
 
 def attend(layout: TokenLayout, config: PSAConfig, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, float]:

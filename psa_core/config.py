@@ -13,7 +13,8 @@ Order = Literal["gilbert", "tile", "raster"]
 POOLED_LEVELS = (1, 2, 4, 8)
 QUERY_BLOCKS = (64, 128)
 KEY_BLOCKS = (32, 64, 128)
-IMPORTANCE_STRIDES = (1, 2, 4)
+IMPORTANCE_STRIDES = (1, 2, 4, 8, 16)
+IMPORTANCE_GROUPS = (8, 16, 32, 64, 128)
 SKIP_CODE = 255
 MAX_TILE_EXTENT = 64
 
@@ -41,6 +42,8 @@ class PSAConfig:
         tile: Extent ``(t, h, w)`` in tokens of a tile, for ``order="tile"`` only (4x4x4 when not given).
         query_block: Rows of a query block, in tokens.
         key_block: Rows of a key block, in tokens.
+        importance_group: Keys whose mean stands for them where the importance is estimated, a divisor of ``key_block``;
+            a whole key block when not given.
         importance_stride: Every how many query rows the importance is estimated from.
         workspace_mib: Upper bound of a call's temporary memory, in MiB: what it needs beyond its inputs and its output.
             As many heads as fit are processed at a time.
@@ -62,6 +65,7 @@ class PSAConfig:
     tile: tuple[int, int, int] | None = None
     query_block: int = 128
     key_block: int = 64
+    importance_group: int | None = None
     importance_stride: int = 4
     workspace_mib: int = 512
 
@@ -70,6 +74,9 @@ class PSAConfig:
         _one_of("order", self.order, get_args(Order))
         _one_of("query_block", self.query_block, QUERY_BLOCKS)
         _one_of("key_block", self.key_block, KEY_BLOCKS)
+        if self.importance_group is not None:
+            allowed = tuple(size for size in IMPORTANCE_GROUPS if size <= self.key_block)
+            _one_of("importance_group", self.importance_group, allowed)
         _one_of("importance_stride", self.importance_stride, IMPORTANCE_STRIDES)
         for name in ("group_keys", "variance_term"):
             if not isinstance(getattr(self, name), bool):
@@ -82,6 +89,11 @@ class PSAConfig:
             self._check_error_selection()
         else:
             self._check_ranked_selection()
+
+    @property
+    def importance_parts(self) -> int:
+        """Groups of keys into which the importance cuts a key block."""
+        return self.key_block // (self.importance_group or self.key_block)
 
     @property
     def tile_shape(self) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""How much attention a block of queries gives a block of keys, estimated from one mean key per block."""
+"""How much attention a block of queries gives a block of keys, estimated from means of the block's keys."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 BLOCK_BIAS_CLAMP = 3.0
+PART_BIAS_CLAMP = 1.5
 LEVEL_BIAS_CLAMP = 1.0
 
 
@@ -34,18 +35,24 @@ def bias_from_variance(variance: Tensor, clamp: float) -> Tensor:
     return torch.fmin(variance / 2, variance.new_full((), clamp))
 
 
+def importance_bias_clamp(parts: int) -> float:
+    """Where the second-order term of the importance ends, for key blocks in one group or in several."""
+    return BLOCK_BIAS_CLAMP if parts == 1 else PART_BIAS_CLAMP
+
+
 def block_importance(
-    queries: Tensor, filled: Tensor, mean_keys: Tensor, key_counts: Tensor, bias: Tensor, scale: float
+    queries: Tensor, filled: Tensor, mean_keys: Tensor, key_counts: Tensor, bias: Tensor, scale: float, parts: int
 ) -> Tensor:
     """Estimate the attention mass of every (query block, key block).
 
     Args:
         queries: Rows of the query blocks that are looked at ``[B, H, query blocks, rows, D]``.
         filled: Which of them hold a token ``[query blocks, rows]``.
-        mean_keys: Mean centred key of every block ``[B, H, key blocks, D]``.
-        key_counts: Tokens of every key block ``[key blocks]``.
-        bias: Second-order term of every pair ``[B, H, query blocks, key blocks]``.
+        mean_keys: Mean centred key of every group of keys ``[B, H, groups, D]``.
+        key_counts: Tokens of every group ``[groups]``; an empty one gets nothing.
+        bias: Second-order term of every pair ``[B, H, query blocks, groups]``.
         scale: Softmax scale.
+        parts: Neighbouring groups that make a key block.
 
     Returns:
         ``[B, H, query blocks, key blocks]``; rows sum to 1.
@@ -54,4 +61,5 @@ def block_importance(
     logits = scale * queries @ mean_keys.transpose(-1, -2).unsqueeze(2)
     logits = logits + key_counts.to(logits.dtype).log() + bias.unsqueeze(3)
     mass = torch.softmax(logits, dim=-1)
-    return (mass * weights[..., None]).sum(3) / weights.sum(-1)[:, None]
+    mass = (mass * weights[..., None]).sum(3) / weights.sum(-1)[:, None]
+    return mass.view(*mass.shape[:3], -1, parts).sum(-1)

@@ -70,7 +70,7 @@ def pool_blocks(keys: Tensor, values: Tensor, places: Tensor, group_size: int) -
     counts = filled.sum(-1)
     key_means, key_spread = _group_means(keys, filled, counts)
     value_means, value_spread = _group_means(values, filled, counts)
-    tokens = counts.sum(-1).to(keys.dtype)
+    tokens = counts.sum(-1).clamp(min=1).to(keys.dtype)
     return Pooled(
         group_size=group_size,
         keys=key_means,
@@ -79,6 +79,12 @@ def pool_blocks(keys: Tensor, values: Tensor, places: Tensor, group_size: int) -
         key_variance=key_spread / tokens[:, None],
         value_variance=value_spread.sum(-1) / tokens,
     )
+
+
+def cut_blocks(keys: Tensor, values: Tensor, places: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Blocks of keys, values and places, as :func:`pool_blocks` takes them, cut into smaller ones."""
+    keys, values = (x.reshape(*x.shape[:2], -1, size, x.shape[-1]) for x in (keys, values))
+    return keys, values, places.reshape(-1, size)
 
 
 def join_blocks(parts: Sequence[Pooled]) -> Pooled:

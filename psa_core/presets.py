@@ -50,6 +50,8 @@ _CONFIG_KEYS = (
     "tile",
     "query_block",
     "key_block",
+    "group_keys",
+    "importance_group",
     "importance_stride",
 )
 _PRESET_KEYS = ("description", "source", *_CONFIG_KEYS, "schedule")

@@ -131,20 +131,25 @@ def _logit_variance(keys: Tensor, groups: list[list[int]], squares: Tensor, scal
 def importance_row_by_row(q: Tensor, k: Tensor, order: TokenOrder, config: PSAConfig, scale: float) -> Tensor:
     """The definition of one head's importance ``[query blocks, key blocks]``, a query row at a time."""
     keys = k[0, 0] - k[0, 0].mean(0)
-    blocks = [group for places in _places(order.keys) for group in _groups(places, order.keys.size)]
-    importance = torch.zeros(order.queries.blocks, len(blocks), dtype=torch.float64)
+    size = config.importance_group or order.keys.size
+    clamp = 3.0 if size == order.keys.size else 1.5
+    groups = [
+        (j, group) for j, places in enumerate(key_places(keys, order.keys, config)) for group in _groups(places, size)
+    ]
+    importance = torch.zeros(order.queries.blocks, order.keys.blocks, dtype=torch.float64)
     for i, rows in enumerate(_places(order.queries)):
         rows = [token for token in rows if token >= 0]
         squares = q[0, 0, rows].square().mean(0)
         seen = rows[:: config.importance_stride]
         for row in seen:
             logits = [
-                scale * float(q[0, 0, row] @ keys[block].mean(0))
-                + math.log(len(block))
-                + min(_logit_variance(keys, [block], squares, scale) / 2, 3.0)
-                for block in blocks
+                scale * float(q[0, 0, row] @ keys[group].mean(0))
+                + math.log(len(group))
+                + min(_logit_variance(keys, [group], squares, scale) / 2, clamp)
+                for _, group in groups
             ]
-            importance[i] += torch.softmax(torch.tensor(logits, dtype=torch.float64), dim=0) / len(seen)
+            masses = torch.softmax(torch.tensor(logits, dtype=torch.float64), dim=0) / len(seen)
+            importance[i].index_add_(0, torch.tensor([j for j, _ in groups]), masses)
     return importance
 
 

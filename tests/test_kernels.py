@@ -72,6 +72,16 @@ CASES: dict[str, tuple[TokenLayout, PSAConfig, int]] = {
     "topk with skip": (TokenLayout((3, 9, 15)), TOPK, 64),
     "topk, small blocks": (TokenLayout((3, 9, 11)), dataclasses.replace(TOPK, **SMALL), 64),
     "threshold with skip, text": (TokenLayout((3, 9, 11), video_start=5), THRESHOLD, 64),
+    "importance from parts of blocks": (
+        TokenLayout((3, 9, 11), video_start=21),
+        dataclasses.replace(GROUPED, importance_group=16, importance_stride=8),
+        64,
+    ),
+    "the same with blocks of another size": (
+        TokenLayout((3, 9, 15)),
+        dataclasses.replace(MIXED, key_block=128, importance_group=32, importance_stride=16),
+        128,
+    ),
     "keys in order of content": (TokenLayout((3, 9, 11), video_start=5), GROUPED, 64),
     "the same in small blocks": (TokenLayout((3, 9, 11)), dataclasses.replace(GROUPED, **SMALL), 128),
     "the same in large blocks": (TokenLayout((3, 9, 15)), dataclasses.replace(GROUPED, key_block=128), 64),

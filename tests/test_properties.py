@@ -61,7 +61,8 @@ def configs(draw: st.DrawFn, selections: tuple[str, ...] = ("error", "topk", "th
         "tile": draw(st.tuples(*[st.integers(1, 5)] * 3)) if order == "tile" else None,
         "query_block": draw(st.sampled_from([64, 128])),
         "key_block": draw(st.sampled_from([32, 64, 128])),
-        "importance_stride": draw(st.sampled_from([1, 2, 4])),
+        "importance_stride": draw(st.sampled_from([1, 2, 4, 8, 16])),
+        "importance_group": draw(st.sampled_from([None, 8, 16, 32])),
         "variance_term": draw(st.booleans()),
     }
     coarse = draw(st.lists(st.sampled_from([2, 4, 8, "block"]), unique=True))

@@ -14,15 +14,15 @@ from torch import Tensor
 from ..config import PSAConfig
 from ..grouping import full_video_blocks, rearrange, sort_by_content
 from ..importance import (
-    BLOCK_BIAS_CLAMP,
     LEVEL_BIAS_CLAMP,
     bias_from_variance,
     block_importance,
+    importance_bias_clamp,
     logit_variance,
 )
 from ..levels import cap_levels, select_by_error, select_by_rank, similarity_limits
 from ..ordering import BlockTable, TokenOrder
-from ..pooling import Pooled, gather_blocks, join_blocks, mean_key, pool_blocks
+from ..pooling import Pooled, cut_blocks, gather_blocks, join_blocks, mean_key, pool_blocks
 
 PART = 2**19  # elements of a tensor that a step makes on its way, for each head, where there are more in all
 TENSORS = 8  # of that size, in fp64, that a step holds at the same time
@@ -43,7 +43,8 @@ class Prepared:
         query_squares: Mean over a block's rows of q squared ``[B, H, query blocks, D]``, fp64.
         pyramid: One entry per level of the config that is not skip, level 1 first; level 1 is there in any case. Rows
             are in the precision in which they are attended to, statistics in fp64.
-        whole: Every key block, exact ones too, in one group, fp64.
+        parts: The groups by which the importance is estimated, of all key blocks, exact ones too, fp64; each of them
+            is a block of its own.
         value_power: Mean of ``|v|^2`` of each head ``[B, H]``, fp64.
     """
 
@@ -55,7 +56,7 @@ class Prepared:
     key_order: Tensor | None
     query_squares: Tensor
     pyramid: tuple[Pooled, ...]
-    whole: Pooled
+    parts: Pooled
     value_power: Tensor
 
 
@@ -65,7 +66,8 @@ def workspace_bytes_per_head(q: Tensor, order: TokenOrder, config: PSAConfig) ->
     places = keys.blocks * keys.size
     exact = 2 * places * head_dim * _precision(q.dtype).itemsize
     pyramid = sum(exact // size for size in _sizes(config))
-    statistics = 8 * ((len(_sizes(config)) + 3) * keys.blocks * (head_dim + 1) + rows.blocks * head_dim + 3 * places)
+    kept = len(_sizes(config)) + 3 * config.importance_parts
+    statistics = 8 * (kept * keys.blocks * (head_dim + 1) + rows.blocks * head_dim + 3 * places)
     statistics += 2 * places * config.group_keys
     pairs = 8 * rows.blocks * keys.blocks
     in_parts = max(
@@ -84,8 +86,9 @@ def workspace_bytes_per_head(q: Tensor, order: TokenOrder, config: PSAConfig) ->
 def prepare(q: Tensor, k: Tensor, v: Tensor, order: TokenOrder, config: PSAConfig, scale: float) -> Prepared:
     """Order, centre and pool ``[B, H, N, D]`` keys and values; queries stay where they are."""
     centre, precision = mean_key(k), _precision(q.dtype)
-    parts: dict[int, list[Pooled]] = {size: [] for size in _sizes(config)}
-    whole, power, key_orders = [], [], []
+    levels: dict[int, list[Pooled]] = {size: [] for size in _sizes(config)}
+    parts, power, key_orders = [], [], []
+    part = order.keys.size // config.importance_parts
     for blocks in _parts(order.keys.blocks, _elements_to_pool(order.keys, q.shape[-1])):
         places = _places(order.keys)[blocks]
         keys, values = gather_blocks(k, places, centre), gather_blocks(v, places)
@@ -94,9 +97,9 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, order: TokenOrder, config: PSAConfi
             keys, values = rearrange(keys, key_order), rearrange(values, key_order)
             key_orders.append(key_order.byte())
         power.append(values.square().sum(dim=(2, 3, 4)))
-        whole.append(pool_blocks(keys, values, places, order.keys.size))
+        parts.append(pool_blocks(*cut_blocks(keys, values, places, part), part))
         for size in _sizes(config):
-            parts[size].append(pool_blocks(keys, values, places, size).rows_to(precision))
+            levels[size].append(pool_blocks(keys, values, places, size).rows_to(precision))
     squares = [
         gather_blocks(q, _places(order.queries)[blocks]).square().sum(3)
         for blocks in _parts(order.queries.blocks, _elements_to_pool(order.queries, q.shape[-1]))
@@ -109,30 +112,31 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, order: TokenOrder, config: PSAConfi
         k=k,
         key_order=torch.cat(key_orders, dim=2) if config.group_keys else None,
         query_squares=torch.cat(squares, dim=2) / order.queries.counts.double()[:, None],
-        pyramid=tuple(join_blocks(parts.pop(size)) for size in _sizes(config)),
-        whole=join_blocks(whole),
+        pyramid=tuple(join_blocks(levels.pop(size)) for size in _sizes(config)),
+        parts=join_blocks(parts),
         value_power=torch.stack(power).sum(0) / q.shape[2],
     )
 
 
 def importance(prepared: Prepared) -> Tensor:
     """Estimated attention mass ``[B, H, query blocks, key blocks]``, fp64; rows sum to 1."""
-    order, config, whole = prepared.order, prepared.config, prepared.whole
-    parts = []
+    order, config, keys = prepared.order, prepared.config, prepared.parts
+    clamp, result = importance_bias_clamp(config.importance_parts), []
     for blocks in _parts(order.queries.blocks, _elements_to_estimate(order, config, prepared.q.shape[-1])):
         places = _places(order.queries)[blocks, :: config.importance_stride]
-        variance = logit_variance(prepared.query_squares[:, :, blocks], whole.key_variance, prepared.scale)
-        parts.append(
+        variance = logit_variance(prepared.query_squares[:, :, blocks], keys.key_variance, prepared.scale)
+        result.append(
             block_importance(
                 gather_blocks(prepared.q, places),
                 places >= 0,
-                whole.keys.squeeze(3),
-                order.keys.counts,
-                bias_from_variance(variance, BLOCK_BIAS_CLAMP),
+                keys.keys.squeeze(3),
+                keys.counts.squeeze(1),
+                bias_from_variance(variance, clamp),
                 prepared.scale,
+                config.importance_parts,
             )
         )
-    return torch.cat(parts, dim=2)
+    return torch.cat(result, dim=2)
 
 
 def select(prepared: Prepared, importance: Tensor) -> Tensor:
@@ -264,7 +268,7 @@ def _elements_to_pool(table: BlockTable, head_dim: int) -> int:
 
 
 def _elements_to_estimate(order: TokenOrder, config: PSAConfig, head_dim: int) -> int:
-    return order.queries.size // config.importance_stride * max(order.keys.blocks, head_dim)
+    return order.queries.size // config.importance_stride * max(order.keys.blocks * config.importance_parts, head_dim)
 
 
 def _elements_to_select(order: TokenOrder, config: PSAConfig) -> int:

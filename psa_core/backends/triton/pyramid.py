@@ -83,11 +83,27 @@ def _store_variance(variance_ptr, at, spread, tokens, HEAD_DIM: tl.constexpr, IS
         tl.store(variance_ptr + at, tl.sum(variance, axis=0))
 
 
+@triton.jit
+def _store_parts(
+    parts_ptr, variance_ptr, first, x, n, spread, PARTS: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    """Store means and variances of a block's parts, each ROWS groups of eight tokens."""
+    x, spread = tl.reshape(x, [PARTS, ROWS, HEAD_DIM]), tl.reshape(spread, [PARTS, ROWS, HEAD_DIM])
+    n = tl.reshape(n, [PARTS, ROWS])
+    tokens = tl.maximum(tl.sum(n, axis=1), 1.0)[:, None]
+    mean = tl.sum(x * n[:, :, None], axis=1) / tokens
+    apart = x - mean[:, None, :]
+    variance = tl.sum(spread + apart * apart * n[:, :, None], axis=1) / tokens
+    offsets = (first + tl.arange(0, PARTS))[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    tl.store(parts_ptr + offsets, mean.to(parts_ptr.dtype.element_ty))
+    tl.store(variance_ptr + offsets, variance)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _pyramid_kernel(
-    x_ptr, mean_ptr, tokens_ptr, rows_ptr, variance_ptr, power_ptr,
+    x_ptr, mean_ptr, tokens_ptr, rows_ptr, variance_ptr, power_ptr, parts_ptr, part_variance_ptr,
     stride_b, stride_h, stride_n, stride_d, heads, places, key_blocks, video_keys, pyramid_rows,
-    KEY_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, POOLED: tl.constexpr, IS_KEY: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, POOLED: tl.constexpr, IS_KEY: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     # The block is held as eight tiles of every eighth place, so that neighbours merge without moving between threads.
     z, block = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -141,6 +157,10 @@ def _pyramid_kernel(
     if POOLED & (KEY_BLOCK // 8):
         _store_level(rows_ptr, first_row, block, x0, is_video, 0, 1, KEY_BLOCK, HEAD_DIM)
 
+    if IS_KEY:
+        part = (z * key_blocks + block) * PARTS
+        _store_parts(parts_ptr, part_variance_ptr, part, x0, n0, spread, PARTS, KEY_BLOCK // 8 // PARTS, HEAD_DIM)
+
     whole = tl.sum(x0 * n0[:, None], axis=0) / tokens
     apart = x0 - whole[None, :]
     spread += apart * apart * n0[:, None]
@@ -176,7 +196,9 @@ def prepare_given(
     """The same with the token at every key place known ``[places]``, or for each head ``[Z, places]``, int32."""
     plan, rows = Plan.of(q, order), PyramidRows.of(order, config)
     mean = _mean_key(k)
-    keys, key_variance, _ = _build_pyramid(k, mean, key_tokens, order.keys, rows, plan)
+    shape = q.shape[0] * q.shape[1], order.keys.blocks * config.importance_parts, q.shape[-1]
+    parts, part_variance = empty(q, *shape, dtype=plan.rows_dtype), empty(q, *shape, dtype=torch.float32)
+    keys, key_variance, _ = _build_pyramid(k, mean, key_tokens, order.keys, rows, plan, parts, part_variance)
     values, value_variance, power = _build_pyramid(v, None, key_tokens, order.keys, rows, plan)
     return Prepared(
         q=q,
@@ -188,6 +210,8 @@ def prepare_given(
         rows=rows,
         keys=keys,
         values=values,
+        parts=parts,
+        part_variance=part_variance,
         key_variance=key_variance,
         value_variance=value_variance,
         value_power=power.sum(-1) / q.shape[2],
@@ -207,7 +231,14 @@ def _mean_key(k: Tensor) -> Tensor:
 
 
 def _build_pyramid(
-    x: Tensor, mean: Tensor | None, tokens: Tensor, table: BlockTable, rows: PyramidRows, plan: Plan
+    x: Tensor,
+    mean: Tensor | None,
+    tokens: Tensor,
+    table: BlockTable,
+    rows: PyramidRows,
+    plan: Plan,
+    parts: Tensor | None = None,
+    part_variance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of every level, their variances, and of values (no mean given) the sum of squares of every block."""
     batch, heads, _, head_dim = x.shape
@@ -216,10 +247,11 @@ def _build_pyramid(
     variance = empty(x, z, 4, table.blocks, *([head_dim] if is_key else []), dtype=torch.float32)
     power = empty(x, z, table.blocks, dtype=torch.float32)
     _pyramid_kernel[(z, table.blocks)](
-        x, mean, tokens, pyramid, variance, power,
+        x, mean, tokens, pyramid, variance, power, parts, part_variance,
         *head_strides(x), heads, tokens.stride(0) if tokens.dim() == 2 else 0,
         table.blocks, table.video_blocks, rows.total,
-        KEY_BLOCK=table.size, HEAD_DIM=head_dim, POOLED=rows.pooled, IS_KEY=is_key, num_warps=2,
+        KEY_BLOCK=table.size, HEAD_DIM=head_dim, POOLED=rows.pooled, IS_KEY=is_key,
+        PARTS=1 if parts is None else parts.shape[1] // table.blocks, num_warps=2,
     )  # fmt: skip
     return pyramid, variance, power
 

@@ -24,7 +24,7 @@ SORTED_IN_PLACE = 4096
 # turns into a multiple of 16 or 1, which nothing gains from: so the self-check compiles for all sizes to come.
 SIZES = (
     "heads", "tokens", "query_blocks", "key_blocks", "video_rows", "video_keys", "last_count", "pyramid_rows", "pooled",
-    "places", "full_blocks",
+    "places", "full_blocks", "parts", "part_pitch",
 )  # fmt: skip
 
 
@@ -66,6 +66,8 @@ class Prepared:
         rows: Where each level's rows are.
         keys: Pyramid of centred keys ``[Z, rows, D]``, the plan's dtype.
         values: Pyramid of values, likewise.
+        parts: Means of the groups of keys by which the importance is estimated ``[Z, key blocks * parts, D]``.
+        part_variance: Variance of the keys within each of them, likewise, fp32.
         key_variance: Within-group variance at levels 2, 4, 8, whole ``[Z, 4, key blocks, D]``, fp32.
         value_variance: The same of the values, summed over D ``[Z, 4, key blocks]``, fp32.
         value_power: Mean of ``|v|^2`` of each head ``[Z]``, fp32.
@@ -81,6 +83,8 @@ class Prepared:
     rows: PyramidRows
     keys: Tensor
     values: Tensor
+    parts: Tensor
+    part_variance: Tensor
     key_variance: Tensor
     value_variance: Tensor
     value_power: Tensor
@@ -112,7 +116,8 @@ class Selection:
 def workspace_bytes_per_head(q: Tensor, order: TokenOrder, config: PSAConfig) -> int:
     """Temporary memory of one head of one batch item, in bytes."""
     head_dim, keys, queries = q.shape[-1], order.keys, order.queries
-    pyramid = 2 * PyramidRows.of(order, config).total * head_dim * Plan.of(q, order).rows_dtype.itemsize
+    item, parts = Plan.of(q, order).rows_dtype.itemsize, keys.blocks * config.importance_parts
+    pyramid = head_dim * (2 * PyramidRows.of(order, config).total * item + parts * (item + 4))
     statistics = 4 * (4 * keys.blocks * (head_dim + 1) + queries.blocks * head_dim)
     tokens = 4 * keys.blocks * keys.size if config.group_keys else 0
     sums = 4 * head_dim * -(-q.shape[2] // ROWS_PER_MEAN)
@@ -120,7 +125,8 @@ def workspace_bytes_per_head(q: Tensor, order: TokenOrder, config: PSAConfig) ->
     chosen = pitch * (1 + 4) + list_pitch(keys.video_blocks) * (4 + 4) + 4 * COUNTS.value
     if config.selection != "error":  # before anything is listed, masses are ranked; codes are kept twice
         chosen = max(pitch * (RANKED if keys.video_blocks <= SORTED_IN_PLACE else RANKED_APART), chosen + pitch)
-    return pyramid + statistics + tokens + sums + queries.blocks * (4 * pitch + chosen)
+    pairs = queries.blocks * (4 * pitch + max(chosen, 4 * pair_pitch(parts)))
+    return pyramid + statistics + tokens + sums + pairs
 
 
 def pair_pitch(key_blocks: int) -> int:

@@ -50,6 +50,8 @@ def attend_to_nothing(q: Tensor, order: TokenOrder, config: PSAConfig, scale: fl
             rows=rows,
             keys=pyramid,
             values=pyramid,
+            parts=unused,
+            part_variance=unused,
             key_variance=unused,
             value_variance=unused,
             value_power=unused,
