@@ -6,8 +6,8 @@
 At every noise level each choice is set to the same density, so that errors can be compared. Writes
 ``fidelity-<tokens>-<device>.json``:
 ``{device, versions, commit, grid, heads, records}`` with records of
-``{noise, choice, error_weight, density, rel_l2, worst_head, first_frame, milliseconds}``: ``first_frame`` is the error of
-the first latent frame alone, ``milliseconds`` the median time of the whole call (on a GPU, else null).
+``{noise, choice, error_weight, density, rel_l2, worst_head, first_frame, milliseconds}``: ``first_frame`` is the error
+of the first latent frame alone, ``milliseconds`` the median time of the whole call (on a GPU, else null).
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def milliseconds(layout: TokenLayout, config: PSAConfig, q: Tensor, k: Tensor, v
     if q.device.type != "cuda":
         return None
     order = plan_order(layout, config, q.device)
-    return timed(partial(psa_attention, q, k, v, layout=layout, config=config, order=order, stats=True))
+    return timed(partial(psa_attention, q, k, v, layout=layout, config=config, order=order, stats=True), 5)[1]
 
 
 def attend(layout: TokenLayout, config: PSAConfig, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, float]:
