@@ -65,6 +65,7 @@ from psa_core.presets import load_presets  # noqa: E402
 from psa_core.synthetic import structured  # noqa: E402
 
 TARGET_DENSITY = 0.15
+PLAIN = ", keys as they come"  # PSAConfig's defaults, where a density is else that of balanced's settings
 SMALL_WORKSPACE = 256  # MiB, half the default
 SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 METHODS = (*SDPA, "psa", *PEERS, "matched")
@@ -253,9 +254,10 @@ def configs_of_case(case: Case, q: Tensor, k: Tensor, v: Tensor) -> dict[str, PS
     """Every preset of the case's family, the common density, the same in less memory, and FlexAttention's blocks."""
     base = plan_order(case.layout, PSAConfig(error_weight=0.0), "cuda")
     configs = {name: preset.config for name, preset in load_presets(ROOT / "presets" / f"{case.family}.yaml").items()}
-    configs[f"density {TARGET_DENSITY}"] = config_of_density(
-        lambda config: density_of(case, base, config, q, k, v), TARGET_DENSITY
-    )
+    for name, config in (("", configs["balanced"]), (PLAIN, PSAConfig(error_weight=0.0))):
+        configs[f"density {TARGET_DENSITY}{name}"] = config_of_density(
+            lambda weighted: density_of(case, base, weighted, q, k, v), TARGET_DENSITY, config
+        )
     configs[f"density {TARGET_DENSITY}, {SMALL_WORKSPACE} MiB"] = replace(
         configs[f"density {TARGET_DENSITY}"], workspace_mib=SMALL_WORKSPACE
     )
@@ -274,22 +276,23 @@ def measure_matched(case: Case, q: Tensor, k: Tensor, v: Tensor, exact: Tensor, 
         return
     wanted = errors(rival.attend(), exact)["rel_l2"]
     order = plan_order(case.layout, PSAConfig(error_weight=0.0), "cuda")
+    balanced = load_presets(ROOT / "presets" / f"{case.family}.yaml")["balanced"].config
 
     def error_of(config: PSAConfig) -> float:
         out = psa_attention(q, k, v, layout=case.layout, config=config, order=order, backend="triton")
         assert isinstance(out, Tensor)
         return errors(out, exact)["rel_l2"]
 
-    yield from measure_configs({name: config_of_error(error_of, wanted)}, case, q, k, v, exact, repeats)
+    yield from measure_configs({name: config_of_error(error_of, wanted, balanced)}, case, q, k, v, exact, repeats)
 
 
-def config_of_error(error_of: Callable[[PSAConfig], float], wanted: float) -> PSAConfig:
-    """The default config with about the largest error weight whose error is not above ``wanted``."""
+def config_of_error(error_of: Callable[[PSAConfig], float], wanted: float, config: PSAConfig) -> PSAConfig:
+    """The config with about the largest error weight whose error is not above ``wanted``."""
     low, high = -5.0, 0.0  # powers of ten
     for _ in range(9):
         middle = (low + high) / 2
-        low, high = (middle, high) if error_of(PSAConfig(error_weight=10.0**middle)) <= wanted else (low, middle)
-    return PSAConfig(error_weight=10.0**low)
+        low, high = (middle, high) if error_of(replace(config, error_weight=10.0**middle)) <= wanted else (low, middle)
+    return replace(config, error_weight=10.0**low)
 
 
 def measure_configs(

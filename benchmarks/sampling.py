@@ -202,15 +202,17 @@ def measure_psa(
 
 
 def patch_model(patcher: Any, args: argparse.Namespace, preset: str, error_weight: float = -1) -> Any:
-    """A clone with the patch node's settings: sparse from the first step to the last."""
-    node = pack("nodes.attention_patch").PSAAttentionPatch
-    output = node.execute(
+    """A clone with the patch node's settings: sparse from the first step to the last, at one weight if it is given."""
+    nodes = pack("nodes.attention_patch")
+    family = nodes.identify(patcher.get_model_object("diffusion_model")).preset_family
+    flat = {"start_percent": 0.0, "end_percent": 1.0} | ({"min_tokens": 0} if args.tiny else {})
+    if error_weight >= 0:
+        flat |= {"ramp": 0.0, "block_weights": {}}
+    output = nodes.PSAAttentionPatch.execute(
         patcher,
         preset,
+        pack("psa_core.presets").change(nodes.load_preset(f"{family}/{preset}"), {}, flat),
         error_weight=error_weight,
-        start_percent=0.0,
-        end_percent=1.0,
-        min_tokens=0 if args.tiny else -1,
         backend="auto" if torch.cuda.is_available() else "reference",
     )
     return output.result[0]

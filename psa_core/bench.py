@@ -125,10 +125,15 @@ class Video:
         return result
 
 
-def config_of_density(density_of: Callable[[PSAConfig], float], wanted: float) -> PSAConfig:
-    """The default config with the error weight that gives a density, by bisection of its logarithm."""
+def config_of_density(
+    density_of: Callable[[PSAConfig], float], wanted: float, config: PSAConfig | None = None
+) -> PSAConfig:
+    """A config, the default one if none is given, with the error weight that gives a density.
+
+    Found by bisection of the weight's logarithm.
+    """
     low, high = -10.0, 2.0  # powers of ten
-    config = PSAConfig(error_weight=0.0)
+    config = config or PSAConfig(error_weight=0.0)
     for _ in range(14):
         middle = (low + high) / 2
         config = replace(config, error_weight=10.0**middle)

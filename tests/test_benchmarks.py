@@ -269,7 +269,7 @@ def test_what_sampling_cannot_do_is_refused(
 
 
 def test_the_matched_weight_is_the_largest_with_the_wanted_error() -> None:
-    config = attention.config_of_error(lambda config: config.error_weight**0.5, 0.1)
+    config = attention.config_of_error(lambda config: config.error_weight**0.5, 0.1, PSAConfig(error_weight=0.0))
     assert 0.95 * 0.01 < config.error_weight <= 0.01
 
 
