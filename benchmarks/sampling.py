@@ -156,7 +156,7 @@ def measure_densities(patcher: Any, model: VideoModel, args: argparse.Namespace)
     nodes = pack("nodes.attention_patch")
     family = nodes.identify(patcher.get_model_object("diffusion_model")).preset_family
     config = nodes.load_preset(f"{family}/balanced").config
-    probe = Probe(model, args.steps // 2)
+    probe = KeptInputs(model, args.steps // 2)
     probed = patch_model(patcher, args, "balanced")
     probe.attach(probed)
     comfy_models.sample(probed, model, args.steps, lambda *_: None)
@@ -323,7 +323,7 @@ class AttentionClock(SelfAttentionHook):
         return float(sum(end - start for start, end in self._spans))
 
 
-class Probe(SelfAttentionHook):
+class KeptInputs(SelfAttentionHook):
     """Keeps the self-attention inputs of blocks spread evenly over a model, from one step.
 
     Args:

@@ -80,16 +80,18 @@ def said_of_attention() -> list[str]:
         f"takes {spread(harder)} % longer than structured input at density .15: {random[WAN_14B]['ms']:.1f} ms against "
         f"{sparse[WAN_14B]['ms']:.1f} at Wan 14B, {random[COGVIDEOX_1_5]['ms']:.1f} against "
         f"{sparse[COGVIDEOX_1_5]['ms']:.1f} at CogVideoX1.5. `balanced` then does what it must, "
-        f"{bare(min(others), 2)} to {bare(max(others), 2)} of the dense work for all but Wan 14B ({bare(does[WAN_14B], 3)}).",
+        f"{bare(min(others), 2)} to {bare(max(others), 2)} of the dense work for all but Wan 14B "
+        f"({bare(does[WAN_14B], 3)}).",
         f"{bare(per_head('psa', 'balanced', WAN_1_3B), 3)} to {bare(per_head('psa', 'balanced', WAN_14B), 3)} ms, an "
-        f"exponent of {exponent('psa', 'balanced'):.2f}, which is {2 ** exponent('psa', 'balanced'):.2f}x for twice the tokens "
-        f"(dense {2 ** exponent('cudnn', ''):.1f}x).",
-        f"whose `prepare` took up to {bare(prepared[0], 1)} ms on that H100's host and {bare(prepared[1], 1)} on the H200's.",
+        f"exponent of {exponent('psa', 'balanced'):.2f}, which is {2 ** exponent('psa', 'balanced'):.2f}x for twice "
+        f"the tokens (dense {2 ** exponent('cudnn', ''):.1f}x).",
+        f"whose `prepare` took up to {bare(prepared[0], 1)} ms on that H100's host and "
+        f"{bare(prepared[1], 1)} on the H200's.",
         f"all in: {there['ms']:.1f} ms (cuDNN {dense_there:.1f}); everything but the sparse kernel {rest:.1f} ms, "
         f"{100 * rest / dense_there:.1f} % of dense.",
         f"calls that take 2 to 5 ms when queued took {spread(slower)} % longer there.",
-        f"takes {on_second[0]['ms']:.1f} ms (Wan 14B), PSA's own kernel with finding the blocks {on_second[1]['ms']:.1f} ms, "
-        f"both at error {bare(on_second[0]['rel_l2'], 3)}.",
+        f"takes {on_second[0]['ms']:.1f} ms (Wan 14B), PSA's own kernel with finding the blocks "
+        f"{on_second[1]['ms']:.1f} ms, both at error {bare(on_second[0]['rel_l2'], 3)}.",
     ]
 
 
@@ -105,13 +107,14 @@ def said_of_choices() -> list[str]:
         return [100 * (1 - 1 / times) for times in changes(choice, *lengths) if times > 1]
 
     long, short = fidelity(32760), fidelity(4992)
+    raster, gilbert = (bare(long[order, 0.3]["rel_l2"], 3) for order in ("order raster", "default"))
     weight = "error_weight 0.001"
     densities = [", ".join(bare(by_key[weight, noise]["density"], 2) for noise in NOISES) for by_key in (long, short)]
     first = ", ".join(bare(long["default", noise]["first_frame"], 3) for noise in NOISES)
     return [
         f"Gilbert's error is {spread(saved('order tile 4x4x4'))} % below that of 4 x 4 x 4 tiles and "
         f"{spread(saved('order raster'))} % below raster's",
-        f"raster is best ({' against '.join(bare(long[order, 0.3]['rel_l2'], 3) for order in ('order raster', 'default'))})",
+        f"raster is best ({raster} against {gilbert})",
         f"lower the error by {spread(less('query blocks of 64'))} %, **key blocks of 32** by "
         f"{spread(less('key blocks of 32'))} %",
         f"changes the error by {max(map(abs, more('importance from every row'))):.0f} % at most",

@@ -317,19 +317,3 @@ def test_no_path_of_one_machine_is_committed() -> None:
         if path.is_file() and (match := pattern.search(path.read_bytes())):
             found.append(f"{name}: {match[0]!r}")
     assert found == []
-
-
-def test_the_readmes_speed_table_is_the_measured_one() -> None:
-    """Every number of the table is that of a committed result file."""
-    records = json.loads((ROOT / "benchmarks/results/attention-nvidia-h100-80gb-hbm3.json").read_text())["records"]
-    records = [record for record in records if record["input"] == "structured"]
-    by_key = {(record["case"], record["method"], record["preset"]): record for record in records}
-    sparse = [record for record in records if record["preset"] == "density 0.15"]
-    assert sparse
-    for record in sparse:
-        dense = by_key[record["case"], "cudnn", ""]["ms"]
-        row = (
-            f"| {record['tokens']} | {dense:.1f} ms | {record['ms']:.1f} ms | {dense / record['ms']:.1f}x "
-            f"| {record['rel_l2']:.3f} |"
-        )
-        assert row in README.read_text()

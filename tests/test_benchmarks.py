@@ -227,7 +227,7 @@ def test_memory_is_spared_on_a_gpu_only(
 
 def test_the_density_is_looked_for_in_blocks_all_over_the_model() -> None:
     comfy_models.import_pack()
-    probe = sampling.Probe(comfy_models.MODELS["wan2.1_14b"], step=1)
+    probe = sampling.KeptInputs(comfy_models.MODELS["wan2.1_14b"], step=1)
     call = SimpleNamespace(q=0, k=0, v=0, heads_first=lambda _: torch.full((2, 1), float(probe._seen)))
     for _ in range(120):
         probe.see(call, lambda: None)
