@@ -96,8 +96,8 @@ class BlockWeights:
     """Factors on the error weight in some transformer blocks, named before the number of blocks is known.
 
     Args:
-        factors: Stack, blocks of it, and their factor, from 0 (exact) to ``MAX_BLOCK_WEIGHT``. The stack's name is empty
-            for the model's main one.
+        factors: Stack, blocks of it, and their factor, from 0 (exact) to ``MAX_BLOCK_WEIGHT``. The stack's name is
+            empty for the model's main one.
     """
 
     factors: tuple[tuple[str, BlockList, float], ...] = ()
@@ -110,7 +110,9 @@ class BlockWeights:
             ValueError: naming the entry that is no block list with a factor.
         """
         if not isinstance(named, Mapping):
-            raise ValueError(f"block_weights: {named!r} is not a mapping of blocks to factors such as {{'0, 3-5': 0.3}}")
+            raise ValueError(
+                f"block_weights: {named!r} is not a mapping of blocks to factors such as {{'0, 3-5': 0.3}}"
+            )
         factors: dict[str, tuple[str, BlockList, float]] = {}
         for key, factor in named.items():
             text = str(key) if type(key) is int else key  # YAML reads a lone index as a number
@@ -209,7 +211,7 @@ class Schedule:
         Raises:
             ValueError: ``block_weights`` do not fit the model.
         """
-        factor = max(percent, RAMP_FLOOR) ** self.ramp
+        factor: float = max(percent, RAMP_FLOOR) ** self.ramp
         if self.block_weights and block is not None:
             factor *= self.block_weights.resolve(stacks).get(block, 1.0)
         return factor
