@@ -123,7 +123,7 @@ class PSAPreset(io.ComfyNode):
         if order != FROM_BASE:
             settings["order"] = order
         if group_keys != FROM_BASE:
-            settings["group_keys"] = _SWITCH.get(group_keys, group_keys)
+            settings["group_keys"] = _read_switch("group_keys", group_keys)
         schedule = given_schedule(start_percent, end_percent, dense_blocks, min_tokens)
         if ramp != KEEP:
             schedule["ramp"] = ramp
@@ -202,6 +202,12 @@ def _holds(path: Path, data: bytes) -> bool:
         return read_file(path) == data
     except PresetError:  # no regular file, or one that no preset was written to
         return False
+
+
+def _read_switch(name: str, value: object) -> bool:
+    if not isinstance(value, str) or value not in _SWITCH:  # a link may bring anything
+        raise PresetError(f"{name}: {value!r} is not one of {', '.join((FROM_BASE, *_SWITCH))}")
+    return _SWITCH[value]
 
 
 def _read_levels(text: str) -> Any:

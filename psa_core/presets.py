@@ -14,8 +14,8 @@ A file holds one family::
         schedule: {dense_blocks: "-1", min_tokens: 8192, ramp: 1, block_weights: {"0, 3-5": 0.3}}
         expected_work: 0.25
 
-With ``selection: error`` the schedule's ``ramp`` and ``block_weights`` multiply the ``error_weight``: ``ramp: 1`` by the
-share of the sampling that is done, a block's weight in that block (of the stack ``vace``: ``"vace: 0"``).
+With ``selection: error``, the schedule's ``ramp`` and ``block_weights`` multiply the ``error_weight``: ``ramp: 1`` by
+the share of the sampling that is done, a block's factor in that block (``"vace: 0"`` is one of the stack ``vace``).
 ``expected_work`` is what was measured with just these settings: the mean share of the dense work over all
 self-attention calls of a whole video, a dense call counting 1. It is shown, nothing else.
 With ``selection: topk`` or ``threshold``, ``levels`` maps each level to its range: ``{1: [0, 0.4], skip: [0.4, 1]}``,
