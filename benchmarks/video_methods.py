@@ -5,7 +5,7 @@ A row is a mapping such as ``{"error_weight": [0.001, 0.003], "ramp": 1}``. Its 
 - ``method``: ``psa`` (when not given), ``flash`` (another dense kernel), ``sol_attn`` or ``sage``;
 - ``preset``: ``FILE/NAME``, a preset of this project to begin with, such as ``wan2.1_1.3b/balanced``; ``FILE/*`` stands
   for all of a file, a row each. Without it: PSA's defaults, from the first step on;
-- any field of PSAConfig or of Schedule; ``ramp`` and ``block_weights`` (``{"0, 3-5": factor}``);
+- any field of PSAConfig or of Schedule, with ``block_weights`` as in a preset file (``{"0, 3-5": factor}``);
 - ``tau`` of ``sol_attn``;
 - ``name``: what the records call the row's family, where the settings themselves are not telling enough.
 
@@ -29,14 +29,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.peers import Unavailable, find
 from psa_core import PSAConfig, TokenLayout, TokenOrder, plan_order, psa_attention
 from psa_core.presets import load_presets
-from psa_core.schedule import BlockList, Schedule
+from psa_core.schedule import BlockList, BlockWeights, Schedule
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("psa", "flash", "sol_attn", "sage")
 SWEPT = ("error_weight", "tau", "ramp", "start_percent")
 KNOBS = ("error_weight", "tau")  # what a family's rows differ in
-COMING = ("group_keys", "mass_keys")  # settings that a version of PSAConfig may not have
-RAMP_FLOOR = 1 / 64
+COMING = ("mass_keys",)  # settings that a version of PSAConfig may not have
 PERCENT_TOLERANCE = 1e-6
 
 # The dense kernel that all videos are compared with, and another one beside it.
@@ -49,27 +48,6 @@ RowData = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Weights:
-    """How the error weight varies, as long as :class:`Schedule` does not say it.
-
-    Args:
-        ramp: 0 for one weight; 1 for one that grows in proportion to the share of the sampling that is done.
-        block_weights: A factor for some of the transformer blocks.
-    """
-
-    ramp: float = 0.0
-    block_weights: tuple[tuple[BlockList, float], ...] = ()
-
-    def at(self, percent: float, block: int, blocks: int) -> float:
-        """Factor on the error weight when a share of the sampling is done, in one of the model's blocks."""
-        factor = max(percent, RAMP_FLOOR) ** self.ramp
-        for listed, weight in self.block_weights:
-            if block in listed.resolve(blocks):
-                factor *= weight
-        return factor
-
-
-@dataclass(frozen=True)
 class Row:
     """One way to attend.
 
@@ -78,8 +56,7 @@ class Row:
         family: Name of its curve.
         settings: What the row asks for, as data.
         config: Settings of a sparse call of PSA; of the others none.
-        schedule: Where in a sampling attention is sparse.
-        weights: How the error weight varies, where the schedule cannot say it.
+        schedule: Where in a sampling attention is sparse, and how the error weight varies there.
         tau: Threshold of ``sol_attn``.
     """
 
@@ -88,7 +65,6 @@ class Row:
     settings: RowData
     config: PSAConfig | None = None
     schedule: Schedule = field(default_factory=Schedule)
-    weights: Weights = field(default_factory=Weights)
     tau: float | None = None
 
     @property
@@ -103,10 +79,7 @@ class Row:
             return None
         if self.config.error_weight is None:
             return self.config
-        if hasattr(self.schedule, "weight_at"):
-            factor = self.schedule.weight_at(percent, block)
-        else:
-            factor = self.weights.at(percent, block, blocks)
+        factor = self.schedule.weight_at(percent, block, (("double", blocks),))
         return replace(self.config, error_weight=self.config.error_weight * factor)
 
     def is_dense(self, percent: float, block: int, layout: TokenLayout, blocks: int) -> bool:
@@ -158,7 +131,7 @@ def read_row(given: RowData) -> Row:
         # The models here are smaller than those that presets are for.
         config, schedule = preset.config, replace(preset.schedule, min_tokens=0)
     config = _with(config, settings)
-    schedule, weights = _with_weights(_with(schedule, settings), settings)
+    schedule = _with(schedule, settings)
     if settings:
         raise ValueError(f"row: unknown {', '.join(settings)} in {dict(given)!r}")
     return Row(
@@ -167,7 +140,6 @@ def read_row(given: RowData) -> Row:
         settings=dict(given),
         config=config if method == "psa" else None,
         schedule=schedule,
-        weights=weights,
         tau=given.get("tau"),
     )
 
@@ -205,22 +177,14 @@ def _with(settings: Any, given: dict[str, Any]) -> Any:
             if name in given and name not in names:
                 raise Unavailable(f"this PSAConfig has no {name}")
     mine: dict[str, Any] = {}
-    for name in [name for name in given if name in names and name not in ("ramp", "block_weights")]:
+    for name in [name for name in given if name in names]:
         value = given.pop(name)
         mine[name] = tuple(value) if isinstance(value, list) else value
     if "dense_blocks" in mine:
         mine["dense_blocks"] = BlockList.parse(mine["dense_blocks"])
+    if "block_weights" in mine:
+        mine["block_weights"] = BlockWeights.parse(mine["block_weights"])
     return replace(settings, **mine)
-
-
-def _with_weights(schedule: Schedule, given: dict[str, Any]) -> tuple[Schedule, Weights]:
-    """The schedule and the weights that it cannot say yet."""
-    ramp, block_weights = given.pop("ramp", None), given.pop("block_weights", None)
-    if hasattr(schedule, "weight_at"):
-        mine = {"ramp": ramp, "block_weights": block_weights}
-        return replace(schedule, **{name: value for name, value in mine.items() if value is not None}), Weights()
-    listed = tuple((BlockList.parse(text), factor) for text, factor in (block_weights or {}).items())
-    return schedule, Weights(ramp or 0.0, listed)
 
 
 class DenseAttention:

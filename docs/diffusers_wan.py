@@ -10,6 +10,7 @@ longer: Triton compiles its kernels once.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ class SparseRun:
 
     def __init__(self, pipe: WanPipeline, preset: Preset) -> None:
         self.pipe, self.preset = pipe, preset
-        self.sparse, self.layout = False, TokenLayout((1, 1, 1))
+        self.sparse, self.done, self.layout = False, 0.0, TokenLayout((1, 1, 1))
         self.orders: dict[TokenLayout, TokenOrder] = {}
         self.densities: list[Tensor] = []
 
@@ -46,10 +47,18 @@ class SparseRun:
         extent = kwargs["hidden_states"].shape[2:]  # latent frames, rows, columns
         frames, rows, columns = (n // p for n, p in zip(extent, transformer.config.patch_size, strict=True))
         self.layout = TokenLayout((frames, rows, columns))
-        done = (self.pipe.scheduler.timesteps > kwargs["timestep"].max()).float().mean().item()
+        self.done = (self.pipe.scheduler.timesteps > kwargs["timestep"].max()).float().mean().item()
         schedule = self.preset.schedule
-        in_window = schedule.start_percent <= done < schedule.end_percent
+        in_window = schedule.start_percent <= self.done < schedule.end_percent
         self.sparse = in_window and self.layout.tokens >= schedule.min_tokens
+
+    def config(self, block: int, blocks: int) -> PSAConfig:
+        """The preset's settings with the error weight of this step, in one of so many blocks."""
+        config = self.preset.config
+        if config.error_weight is None:
+            return config
+        factor = self.preset.schedule.weight_at(self.done, block, (("blocks", blocks),))
+        return replace(config, error_weight=config.error_weight * factor)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, config: PSAConfig) -> Tensor:
         """Attention of ``[B, N, H, D]`` queries, keys and values."""
@@ -65,8 +74,8 @@ class SparseRun:
 class SparseSelfAttention:
     """Attention processor of one block: the block's own where the run is dense, PSA where it is sparse."""
 
-    def __init__(self, run: SparseRun, dense: object) -> None:
-        self.run, self.dense = run, dense
+    def __init__(self, run: SparseRun, dense: object, block: int, blocks: int) -> None:
+        self.run, self.dense, self.block, self.blocks = run, dense, block, blocks
 
     def __call__(
         self,
@@ -81,7 +90,7 @@ class SparseSelfAttention:
         q, k = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
         q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in (q, k, attn.to_v(hidden_states)))
         q, k = (rotate(x, *rotary_emb) for x in (q, k))
-        out = self.run.attend(q, k, v, self.run.preset.config).flatten(2)
+        out = self.run.attend(q, k, v, self.run.config(self.block, self.blocks)).flatten(2)
         return attn.to_out[1](attn.to_out[0](out))
 
 
@@ -98,10 +107,11 @@ def use_psa(pipe: WanPipeline, preset: Preset) -> list[SparseRun]:
     for transformer in filter(None, (pipe.transformer, pipe.transformer_2)):
         run = SparseRun(pipe, preset)
         transformer.register_forward_pre_hook(run.before_step, with_kwargs=True)
-        dense_blocks = preset.schedule.dense_blocks.resolve(len(transformer.blocks))
+        blocks = len(transformer.blocks)
+        dense_blocks = preset.schedule.dense_blocks.resolve(blocks)
         for index, block in enumerate(transformer.blocks):
             if index not in dense_blocks:
-                block.attn1.set_processor(SparseSelfAttention(run, block.attn1.processor))
+                block.attn1.set_processor(SparseSelfAttention(run, block.attn1.processor, index, blocks))
         runs.append(run)
     return runs
 

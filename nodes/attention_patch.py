@@ -189,15 +189,21 @@ class PSAAttentionPatch(io.ComfyNode):
             chosen = change(chosen, *changes)
         except ValueError as error:
             raise ValueError(f"{error}; {KEEP} takes the preset's value") from None
+        stacks = tuple((stack.name, stack.size) for stack in facts.block_order.stacks) if facts else ()
+        if facts:
+            chosen.schedule.block_weights.resolve(stacks)  # refuses what the model does not have before it is sampled
         settings = PatchSettings(
             title=f"{chosen.family} {chosen.name}",
             notes=notes,
             preset=chosen,
             dense_blocks=chosen.schedule.dense_blocks.resolve(len(facts.block_order)) if facts else frozenset(),
+            stacks=stacks,
             backend=_checked_backend(backend),
             verbose=verbose,
         )
-        report([Words.of("title", title=settings.title), *notes])
+        expected = [] if facts is None or chosen.expected_work is None else [chosen.expected_work]
+        work = [Words.of("expected_work", work=share) for share in expected]
+        report([Words.of("title", title=settings.title), *work, *notes])
         AttentionPatch(settings, report).attach(patched)
         return io.NodeOutput(patched)
 

@@ -12,10 +12,12 @@ from comfy_api.latest import io
 
 from ..psa_core.config import POOLED_LEVELS
 from ..psa_core.presets import MAX_FILE_BYTES, Preset, PresetError, change, dump_preset, read_file, read_yaml
+from ..psa_core.schedule import MAX_RAMP
 from .preset_loader import PresetSocket, checked_preset, load_preset, own_file, shown_path
 from .schedule_inputs import KEEP, error_weight_input, given_schedule, given_settings, schedule_inputs
 
 FROM_BASE = "as base"
+_SWITCH = {"on": True, "off": False}
 STANDARD = "wan2.1_14b/balanced"
 """The bundled preset that is changed where no other is."""
 
@@ -82,6 +84,7 @@ class PSAPreset(io.ComfyNode):
                     optional=True,
                     tooltip="Replace a file of that name. Otherwise a file that differs is kept and the node says so.",
                 ),
+                *_advanced_inputs(),  # last: a saved workflow holds values by their place
             ],
             outputs=[
                 PresetSocket.Output(
@@ -107,6 +110,8 @@ class PSAPreset(io.ComfyNode):
         order: str = FROM_BASE,
         save: bool = False,
         overwrite: bool = False,
+        ramp: float = KEEP,
+        group_keys: str = FROM_BASE,
     ) -> io.NodeOutput:
         if not isinstance(levels, str):  # linked from a node that gives anything
             raise PresetError(f"levels: {levels!r} is not text")
@@ -117,12 +122,48 @@ class PSAPreset(io.ComfyNode):
             settings["levels"] = _read_levels(levels)
         if order != FROM_BASE:
             settings["order"] = order
+        if group_keys != FROM_BASE:
+            settings["group_keys"] = _read_switch("group_keys", group_keys)
         schedule = given_schedule(start_percent, end_percent, dense_blocks, min_tokens)
+        if ramp != KEEP:
+            schedule["ramp"] = ramp
         start = _standard() if base is None else checked_preset("base", base)
         preset = change(start, settings, schedule, name=name)
         if save:
             save_preset(preset, overwrite)
         return io.NodeOutput(preset, dump_preset(preset))
+
+
+def _advanced_inputs() -> list[io.WidgetInput]:
+    widgets: list[io.WidgetInput] = [
+        io.Float.Input(
+            "ramp",
+            default=KEEP,
+            min=KEEP,
+            max=MAX_RAMP,
+            step=0.1,
+            optional=True,
+            tooltip=(
+                "How error_weight grows while the video is sampled. 0: one weight for all steps. 1: in proportion to "
+                "the share of the sampling that is done, so that the first steps, which decide the composition, are "
+                "nearly exact. Only for selection error. -1 takes the base's."
+            ),
+        ),
+        io.Combo.Input(
+            "group_keys",
+            options=[FROM_BASE, *_SWITCH],
+            default=FROM_BASE,
+            optional=True,
+            tooltip=(
+                "Sort the keys of every block by content before they are averaged, so that what is averaged is alike: "
+                "less error for the same work. Not together with similarity_caps."
+            ),
+        ),
+    ]
+    for widget in widgets:
+        # ComfyUI 0.3.x has no `advanced` argument, but passes this on all the same.
+        widget.extra_dict["advanced"] = True
+    return widgets
 
 
 def save_preset(preset: Preset, overwrite: bool) -> Path:
@@ -161,6 +202,12 @@ def _holds(path: Path, data: bytes) -> bool:
         return read_file(path) == data
     except PresetError:  # no regular file, or one that no preset was written to
         return False
+
+
+def _read_switch(name: str, value: object) -> bool:
+    if not isinstance(value, str) or value not in _SWITCH:  # a link may bring anything
+        raise PresetError(f"{name}: {value!r} is not one of {', '.join((FROM_BASE, *_SWITCH))}")
+    return _SWITCH[value]
 
 
 def _read_levels(text: str) -> Any:

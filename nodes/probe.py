@@ -107,7 +107,8 @@ class Probe(PartOfARun):
 
         Args:
             out: The call's sparse output ``[B, H, N, D]``, with its statistics.
-            attend: Computes the call with another ``config``.
+            attend: Computes the call with another config in place of the run's own, whose weight is multiplied as that
+                is.
             dense: Computes ``[B, H, N, D]`` as without PSA.
         """
         if not self.wants(step, block):

@@ -19,8 +19,8 @@ from .preset_loader import PresetSocket
 from .probe import Probe, ProbedCall
 from .run_record import RunRecord
 from .status import running_server, status_line, user_language
-from .suggestion import Curve, Suggestion, by_block, plain, suggest
-from .words import Words, say_lines
+from .suggestion import Curve, Suggestion, by_block, suggest
+from .words import Words, plain, say_lines
 
 PRESET_SUFFIX = "-probed"
 
@@ -288,6 +288,8 @@ def _expectation(probe: Probe, settings: PatchSettings, suggestion: Suggestion, 
     curve = _curve(probe)
     lines = []
     if suggestion.error_weight is not None:
+        if settings.preset.schedule.varies:
+            lines.append(Words.of("base_weight"))
         key = "expected_of_the_rest" if suggestion.dense_blocks else "expected"
         lines.append(Words.of(key, error=suggestion.error, density=suggestion.density, wanted=wanted))
     if suggestion.out_of_reach:

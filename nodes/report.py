@@ -85,6 +85,7 @@ def report_lines(run: RunRecord, facts: RunFacts) -> list[Words]:
     if facts.level_shares.any():
         pairs = zip(run.levels, facts.level_shares, strict=True)
         lines += [Words.of("pairs_at_level", level=level, share=float(share)) for level, share in pairs]
+    lines += run.weights_of_steps()
     if run.calls:
         lines.append(Words.of("sparse_seconds", seconds=seconds_text(facts.sparse_seconds)))
         lines.append(Words.of("dense_seconds", seconds=seconds_text(facts.dense_seconds)))

@@ -101,6 +101,8 @@ def draw_run(run: RunRecord, facts: RunFacts, note: str, theme: str) -> Image.Im
         page.density_map(facts)
         if facts.level_shares.any():
             page.level_chart(facts, [str(level) for level in run.levels])
+        for line in run.weights_of_steps():
+            page.paragraph(str(line), THEMES[theme].muted)
         page.seconds(facts)
     else:
         page.heading("Calls")

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..psa_core.config import Level
-from .words import Words
+from .words import Words, plain
+
+_STEPS_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class CallRecord:
         seconds: How long it took on its device; None if it failed.
         density: Share of dense work that was done; None for a dense call.
         level_pairs: Number of block pairs at each level of the preset; empty for a dense call.
+        error_weight: What it was computed with; None for a dense call, and where levels are not chosen by error.
     """
 
     step: int
@@ -32,6 +35,7 @@ class CallRecord:
     seconds: float | None
     density: float | None
     level_pairs: tuple[int, ...]
+    error_weight: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,20 @@ class RunRecord:
         """How fast attention was; None where it is not known, or the backend is not one to be fast."""
         return None if self.backend == "reference" else pace(self.calls)
 
+    @property
+    def weights(self) -> tuple[float, float] | None:
+        """Least and largest error weight of its sparse calls; None where no call had one."""
+        return _least_and_largest(self.calls)
+
+    @property
+    def weights_by_step(self) -> dict[int, tuple[float, float]]:
+        """Likewise for each step, from 0, that has such calls."""
+        by_step: dict[int, list[CallRecord]] = {}
+        for call in self.calls:
+            by_step.setdefault(call.step, []).append(call)
+        found = {step: _least_and_largest(calls) for step, calls in sorted(by_step.items())}
+        return {step: weights for step, weights in found.items() if weights is not None}
+
     def summary(self) -> list[Words]:
         """The run in short lines, to be read at a glance."""
         lines: list[Words] = []
@@ -96,12 +114,27 @@ class RunRecord:
         return [*lines, self.ending]
 
     def what_was_sparse(self) -> list[Words]:
-        """Pace, steps and density, a line each."""
+        """Pace, steps, density and, where it varies, the error weight, a line each."""
         lines = [] if self.backend == "reference" else compared_with_dense(self.calls)
         lines.append(Words.of("steps_sparse", sparse=self.sparse_steps, steps=self.steps))
         if self.density is not None:
             lines.append(Words.of("mean_density", density=self.density, backend=self.backend))
-        return lines
+        return [*lines, *self.range_of_weights()]
+
+    def range_of_weights(self) -> list[Words]:
+        """The error weights in a line; none where all calls had the same."""
+        if (weights := self.weights) is None or weights[0] == weights[1]:
+            return []
+        least, largest = (plain(weight, digits=2) for weight in weights)
+        return [Words.of("weight_range", least=least, largest=largest)]
+
+    def weights_of_steps(self) -> list[Words]:
+        """Those of some steps, the first and the last among them, in a line; none where all calls had the same."""
+        if not self.range_of_weights():
+            return []
+        by_step = list(self.weights_by_step.items())
+        places = sorted({round(part * (len(by_step) - 1) / (_STEPS_SHOWN - 1)) for part in range(_STEPS_SHOWN)})
+        return [Words.of("weights_by_step", steps=tuple(_weight_of_step(*by_step[place]) for place in places))]
 
     @property
     def dense_count(self) -> int:
@@ -134,7 +167,7 @@ class RunRecord:
                 # The other node's attention may be sparse as well: the line tells which of the two did what.
                 dense = Words.of("left_to", calls=dense, owner=self.dense_attention)
         parts = (
-            Words.of("sparse_calls", facts=(count, *faster)),
+            Words.of("sparse_calls", facts=(count, *faster, *self.range_of_weights())),
             dense,
             Words.of("steps_sparse", sparse=self.sparse_steps, steps=self.steps),
             Words.of("tokens", tokens=self.tokens),
@@ -156,6 +189,7 @@ class RunRecord:
             "sparse_calls": self.sparse_calls,
             "dense_calls": {str(reason): count for reason, count in self.dense_calls.items()},
             "density": self.density,
+            "error_weights": None if self.weights is None else list(self.weights),
             "tokens": self.tokens,
             "backend": self.backend,
             "unused_cause": "" if self.unused_cause is None else str(self.unused_cause),
@@ -173,6 +207,18 @@ class Pace:
 
     kind: Literal["faster", "slower", "as_fast"]
     times: float
+
+
+def _least_and_largest(calls: Sequence[CallRecord]) -> tuple[float, float] | None:
+    weights = [call.error_weight for call in calls if call.error_weight is not None]
+    return (min(weights), max(weights)) if weights else None
+
+
+def _weight_of_step(step: int, weights: tuple[float, float]) -> Words:
+    least, largest = (plain(weight, digits=2) for weight in weights)
+    if least == largest:
+        return Words.of("weight_of_step", step=step + 1, weight=least)
+    return Words.of("weights_of_step", step=step + 1, least=least, largest=largest)
 
 
 def speedup(calls: Sequence[CallRecord]) -> float | None:

@@ -63,7 +63,8 @@ class Session(PartOfARun):
     @property
     def needs_blocks(self) -> bool:
         """Whether it matters which transformer block a call is in."""
-        return bool(self.settings.dense_blocks) or self.probe is not None
+        weighted = bool(self.settings.preset.schedule.block_weights)
+        return weighted or bool(self.settings.dense_blocks) or self.probe is not None
 
     def begin_model_call(self, sigma: float, layout: TokenLayout, dense_attention: str = "") -> None:
         """Note that the model is called at a noise level; another level than before begins a step.
@@ -107,7 +108,7 @@ class Session(PartOfARun):
         watch = Stopwatch(q.device)
         yield
         watch.stop()
-        self._tally.add(block, tokens, q.shape[0], watch, None)
+        self._tally.add(block, tokens, q.shape[0], watch, None, None)
 
     def attend(
         self,
@@ -148,9 +149,13 @@ class Session(PartOfARun):
             watch = Stopwatch(q.device)
             out, stats = attend(config=config)
             watch.stop()
-            self._tally.add(block, layout.tokens, q.shape[0], watch, stats)
-            if self.probe is not None:
-                self.probe.see(self._tally.step.number, block, out, stats, attend, dense)
+            self._tally.add(block, layout.tokens, q.shape[0], watch, stats, config.error_weight)
+            if (probe := self.probe) is not None:
+                # Its weights are the preset's, which vary from call to call as the run's own does.
+                weighted = partial(self._gate.weighted, sigma=self._tally.step.sigma, block=block)
+                probe.see(
+                    self._tally.step.number, block, out, stats, lambda config: attend(config=weighted(config)), dense
+                )
             return out
         self.count_dense(Words.of("could_not_run", failure=self._failure))
         return None

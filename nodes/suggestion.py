@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .probe import ProbedCall
+from .words import plain
 
 STANDS_OUT = 2.0
 """A block stays dense if its error is more than this many times both the wanted one and that of the median block."""
@@ -97,8 +98,3 @@ def by_block(calls: Sequence[ProbedCall]) -> dict[int, list[ProbedCall]]:
     for call in sorted(calls, key=lambda call: call.block):
         blocks.setdefault(call.block, []).append(call)
     return blocks
-
-
-def plain(number: float) -> str:
-    """A number in three digits and without an exponent, as an input takes it."""
-    return np.format_float_positional(float(f"{number:.3g}"), trim="-")

@@ -45,7 +45,8 @@ class Stopwatch:
 
 @dataclass
 class PendingCall:
-    """A call whose numbers are still on their way from the device; ``stats`` is None for a dense one."""
+    """A call whose numbers are still on their way from the device; ``stats`` is None for a dense one, as is
+    ``error_weight``."""
 
     step: int
     block: int
@@ -53,6 +54,7 @@ class PendingCall:
     batch: int
     watch: Stopwatch
     stats: PSAStats | None
+    error_weight: float | None = None
 
     def read(self) -> CallRecord:
         density: float | None = None
@@ -60,7 +62,9 @@ class PendingCall:
         if self.stats is not None:
             density = float(self.stats.density.mean())
             pairs = tuple(self.stats.level_pairs.flatten(0, -2).sum(dim=0).tolist())
-        return CallRecord(self.step, self.block, self.tokens, self.batch, self.watch.seconds(), density, pairs)
+        return CallRecord(
+            self.step, self.block, self.tokens, self.batch, self.watch.seconds(), density, pairs, self.error_weight
+        )
 
 
 def read_calls(calls: Sequence[PendingCall]) -> list[CallRecord]:
@@ -152,10 +156,18 @@ class Tally:
         with self._counting:
             self.step.dense[reason] += 1
 
-    def add(self, block: int, tokens: int, batch: int, watch: Stopwatch, stats: PSAStats | None) -> None:
+    def add(
+        self,
+        block: int,
+        tokens: int,
+        batch: int,
+        watch: Stopwatch,
+        stats: PSAStats | None,
+        error_weight: float | None,
+    ) -> None:
         """Record a call; one with statistics counts as sparse."""
         with self._counting:
-            self._pending.append(PendingCall(self.step.number, block, tokens, batch, watch, stats))
+            self._pending.append(PendingCall(self.step.number, block, tokens, batch, watch, stats, error_weight))
             self.step.sparse += stats is not None
 
     def read(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
 _log = logging.getLogger(__name__)
 
@@ -21,6 +22,11 @@ SENTENCES = {
     "as_fast": ("attention as fast as dense", "注意力与稠密一样快"),
     "steps_sparse": ("{sparse} of {steps} steps sparse", "{steps} 步中 {sparse} 步稀疏"),
     "mean_density": ("mean density {density:.2f} ({backend})", "平均密度 {density:.2f}（{backend}）"),
+    "weight_range": ("error_weight {least} to {largest}", "error_weight 从 {least} 到 {largest}"),
+    "expected_work": (
+        "expects about {work:.0%} of the attention work",
+        "预计约为稠密注意力计算量的 {work:.0%}",
+    ),
     "dense_calls": ("dense calls: {count}", "稠密调用 {count} 次："),
     "most_dense_calls": ("dense calls: {count}, most of them", "稠密调用 {count} 次，多数："),
     "not_used": ("not used:", "未使用："),
@@ -48,8 +54,8 @@ SENTENCES = {
     "short": ("shorter than min_tokens {tokens}", "短于 min_tokens {tokens}"),
     "dense_block": ("in dense_blocks", "在 dense_blocks 中"),
     "unnamed_block": (
-        "in a block that ComfyUI does not name, while dense_blocks is set",
-        "设置了 dense_blocks，而 ComfyUI 没有说明这是哪一块",
+        "in a block that ComfyUI does not name, while dense_blocks or block_weights is set",
+        "设置了 dense_blocks 或 block_weights，而 ComfyUI 没有说明这是哪一块",
     ),
     "could_not_run": ("because PSA could not run ({failure})", "PSA 无法运行（{failure}）"),
     "mask": ("the call has a mask", "调用带有掩码"),
@@ -146,6 +152,9 @@ SENTENCES = {
     "calls": ("sparse calls: {sparse}, dense: {dense}", "稀疏调用 {sparse} 次，稠密 {dense} 次"),
     "dense_because": ("dense: {count} {reason}", "稠密 {count} 次：{reason}"),
     "pairs_at_level": ("block pairs at level {level}: {share:.1%}", "层级 {level} 的块对：{share:.1%}"),
+    "weights_by_step": ("error_weight by step: {steps:, }", "各步的 error_weight：{steps:，}"),
+    "weight_of_step": ("{step}: {weight}", "{step}：{weight}"),
+    "weights_of_step": ("{step}: {least} to {largest}", "{step}：{least} 到 {largest}"),
     "sparse_seconds": ("in sparse calls: {seconds} s", "稀疏调用用时：{seconds} 秒"),
     "dense_seconds": ("in dense calls: {seconds} s", "稠密调用用时：{seconds} 秒"),
     "estimate": ("the sparse calls if dense, estimated: {seconds} s", "稀疏调用若稠密，估计：{seconds} 秒"),
@@ -157,6 +166,10 @@ SENTENCES = {
     "probe_title": ("PSA Quality Probe: {title}", "PSA 质量探测：{title}"),
     "weight_value": ("error_weight: {weight}", "error_weight: {weight}"),
     "blocks_value": ("dense_blocks: {blocks}", "dense_blocks: {blocks}"),
+    "base_weight": (
+        "It is the preset's base value: its ramp and block_weights multiply it as before.",
+        "这是预设的基础值：预设的 ramp 和 block_weights 照旧与它相乘。",
+    ),
     "no_block_stands_out": (
         "dense_blocks: leave as it is, no block stands out",
         "dense_blocks：保持原样，没有哪一块特别突出",
@@ -302,6 +315,11 @@ Report = Callable[[Sequence[Words]], None]
 def say_lines(lines: Iterable[Words], language: str = "en") -> str:
     """Sentences in a language, one on each line."""
     return "\n".join(line.say(language) for line in lines)
+
+
+def plain(number: float, digits: int = 3) -> str:
+    """A number in so many digits and without an exponent, as an input takes it."""
+    return format(Decimal(f"{number:.{digits}g}"), "f")
 
 
 def text_of(value: object) -> str:

@@ -17,6 +17,7 @@ IMPORTANCE_STRIDES = (1, 2, 4, 8, 16)
 IMPORTANCE_GROUPS = (8, 16, 32, 64, 128)
 SKIP_CODE = 255
 MAX_TILE_EXTENT = 64
+MAX_ERROR_WEIGHT = 1e6
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class PSAConfig:
 
     def _check_error_selection(self) -> None:
         weight = self.error_weight
-        if not _is_number(weight) or not 0 <= weight <= 1e6:  # type: ignore[operator]
+        if not _is_number(weight) or not 0 <= weight <= MAX_ERROR_WEIGHT:  # type: ignore[operator]
             raise ValueError(f"error_weight: {weight!r} is not a number from 0 (dense) to 1e6")
         if 1 not in self.levels or "skip" in self.levels:
             raise ValueError(f"levels: {self.levels!r}; selection 'error' needs level 1 and cannot skip")

@@ -10,8 +10,14 @@ A file holds one family::
         selection: error
         levels: [1, 2, 4, 8, block]
         error_weight: 0.002
-        schedule: {start_percent: 0.2, dense_blocks: "0, -1", min_tokens: 8192}
+        group_keys: true
+        schedule: {dense_blocks: "-1", min_tokens: 8192, ramp: 1, block_weights: {"0, 3-5": 0.3}}
+        expected_work: 0.25
 
+With ``selection: error``, the schedule's ``ramp`` and ``block_weights`` multiply the ``error_weight``: ``ramp: 1`` by
+the share of the sampling that is done, a block's factor in that block (``"vace: 0"`` is one of the stack ``vace``).
+``expected_work`` is what was measured with just these settings: the mean share of the dense work over all
+self-attention calls of a whole video, a dense call counting 1. It is shown, nothing else.
 With ``selection: topk`` or ``threshold``, ``levels`` maps each level to its range: ``{1: [0, 0.4], skip: [0.4, 1]}``,
 and ``similarity_caps`` maps each pooled level to its least similarity: ``{2: 0.7, 4: 0.65, 8: 0.6}``.
 What a preset does not mention takes the default of :class:`PSAConfig` or :class:`Schedule`. Plain values are read
@@ -34,7 +40,7 @@ from typing import Any
 
 from . import official_presets, yaml_text
 from .config import PSAConfig
-from .schedule import BlockList, Schedule
+from .schedule import BlockList, BlockWeights, Schedule
 
 MAX_FILE_BYTES = 32 * 1024  # eight times the longest bundled file; the densest YAML of this size takes half a second
 MAX_MESSAGE = 600
@@ -45,6 +51,7 @@ _CONFIG_KEYS = (
     "levels",
     "error_weight",
     "similarity_caps",
+    "group_keys",
     "variance_term",
     "order",
     "tile",
@@ -54,9 +61,10 @@ _CONFIG_KEYS = (
     "importance_group",
     "importance_stride",
 )
-_PRESET_KEYS = ("description", "source", *_CONFIG_KEYS, "schedule")
+_PRESET_KEYS = ("description", "source", *_CONFIG_KEYS, "schedule", "expected_work")
 _SCHEDULE_KEYS = tuple(field.name for field in fields(Schedule))
 _OWN_TO_A_SELECTION = ("levels", "error_weight", "similarity_caps")
+_OWN_TO_ERROR = ("ramp", "block_weights")  # of a schedule
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 _log = logging.getLogger(__name__)
@@ -85,7 +93,12 @@ class Preset:
         description: One sentence for the user.
         source: Where its numbers come from.
         config: Settings of every sparse attention call.
-        schedule: Where in a sampling run attention is sparse.
+        schedule: Where in a sampling run attention is sparse, and how the error weight varies there.
+        expected_work: Mean share of the dense work over all self-attention calls of a whole video, where it was
+            measured with these settings, from 0 to 1; None where not.
+
+    Raises:
+        ValueError: naming the parameter, its value and what is allowed.
     """
 
     name: str
@@ -94,6 +107,19 @@ class Preset:
     source: str
     config: PSAConfig
     schedule: Schedule
+    expected_work: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.config.selection != "error":
+            for key in _OWN_TO_ERROR:
+                if value := getattr(self.schedule, key):
+                    shown = value.named() if isinstance(value, BlockWeights) else value
+                    raise ValueError(
+                        f"{key}: {shown!r} has no meaning with selection {self.config.selection!r}, only with 'error'"
+                    )
+        work = self.expected_work
+        if work is not None and (isinstance(work, bool) or not isinstance(work, (int, float)) or not 0 < work <= 1):
+            raise ValueError(f"expected_work: {work!r} is not a share of the dense work, above 0 and at most 1")
 
 
 def load_presets(path: Path) -> dict[str, Preset]:
@@ -187,6 +213,8 @@ def dump_preset(preset: Preset) -> str:
         **_config_settings(preset.config),
         "schedule": _schedule_settings(preset.schedule),
     }
+    if preset.expected_work is not None:
+        settings["expected_work"] = preset.expected_work
     document = {"family": preset.family, "presets": {preset.name: settings}}
     return yaml_text.write(document)
 
@@ -198,34 +226,40 @@ def change(
     name: str | None = None,
     source: str | None = None,
 ) -> Preset:
-    """Make a preset out of another one.
+    """Make a preset out of another one. Of one whose settings differ, no work is expected any more.
 
     Args:
         preset: The preset to change.
         settings: What differs, as a preset file says it. Another ``selection`` drops the levels, weights and caps of
-            the old one, another ``order`` its tile.
-        schedule: What differs in the schedule, likewise; ``dense_blocks`` may be a :class:`BlockList`.
+            the old one, with its ramp and block weights, another ``order`` its tile.
+        schedule: What differs in the schedule, likewise; ``dense_blocks`` may be a :class:`BlockList`,
+            ``block_weights`` a :class:`BlockWeights`.
         name: Name of the new one, where it has another.
         source: Where its numbers come from; not given, a preset that differs says what it was changed from.
 
     Raises:
         PresetError: naming the parameter, its value and what is allowed.
     """
-    kept = _config_settings(preset.config)
+    kept, kept_schedule = _config_settings(preset.config), _schedule_settings(preset.schedule)
     if settings.get("selection", preset.config.selection) != preset.config.selection:
         kept = {key: value for key, value in kept.items() if key not in _OWN_TO_A_SELECTION}
+        kept_schedule = {key: value for key, value in kept_schedule.items() if key not in _OWN_TO_ERROR}
     if settings.get("order", preset.config.order) != preset.config.order:
         kept.pop("tile", None)
     if source is None:
         source = f"changed from {preset.family} {preset.name}" if settings or schedule else preset.source
     try:
         config = _config({**kept, **_mapping("settings", dict(settings), _CONFIG_KEYS)})
+        config = dataclasses.replace(config, workspace_mib=preset.config.workspace_mib)
+        changed = _schedule({**kept_schedule, **schedule})
+        same = (config, changed) == (preset.config, preset.schedule)
         return dataclasses.replace(
             preset,
             name=preset.name if name is None else _name("name", name),
             source=source,
-            config=dataclasses.replace(config, workspace_mib=preset.config.workspace_mib),
-            schedule=_schedule({**_schedule_settings(preset.schedule), **schedule}),
+            config=config,
+            schedule=changed,
+            expected_work=preset.expected_work if same else None,
         )
     except ValueError as error:
         raise PresetError(str(error)) from error
@@ -246,7 +280,8 @@ def _config_settings(config: PSAConfig) -> dict[str, Any]:
 
 def _schedule_settings(schedule: Schedule) -> dict[str, Any]:
     """A schedule as a preset file says it."""
-    return {key: getattr(schedule, key) for key in _SCHEDULE_KEYS} | {"dense_blocks": str(schedule.dense_blocks)}
+    settings = {key: getattr(schedule, key) for key in _SCHEDULE_KEYS}
+    return settings | {"dense_blocks": str(schedule.dense_blocks), "block_weights": schedule.block_weights.named()}
 
 
 def _official(document: Mapping[str, Any], file: str) -> dict[str, Preset]:
@@ -278,6 +313,7 @@ def _preset(name: str, family: str, source: str, settings: object) -> Preset:
         source=_text("source", given.get("source", source)),
         config=_config({key: given[key] for key in _CONFIG_KEYS if key in given}),
         schedule=_schedule(given.get("schedule", {})),
+        expected_work=_given("expected_work", given) if "expected_work" in given else None,
     )
 
 
@@ -301,11 +337,7 @@ def _config(given: dict[str, Any]) -> PSAConfig:
         given["similarity_caps"] = tuple(given["similarity_caps"].items())
     if "tile" in given:
         given["tile"] = _tuple(given["tile"])
-    for key, value in given.items():
-        # PSAConfig takes None for "not given"; in a file, a key without a value is a mistake.
-        if value is None:
-            raise ValueError(f"{key}: has no value; give one or leave the key out")
-    return PSAConfig(**given)
+    return PSAConfig(**{key: _given(key, given) for key in given})
 
 
 def _schedule(settings: object) -> Schedule:
@@ -315,7 +347,16 @@ def _schedule(settings: object) -> Schedule:
         if not isinstance(blocks, BlockList):
             # YAML reads a lone index as a number.
             given["dense_blocks"] = BlockList.parse(str(blocks) if type(blocks) is int else blocks)
+    if not isinstance(given.get("block_weights", BlockWeights()), BlockWeights):
+        given["block_weights"] = BlockWeights.parse(given["block_weights"])
     return Schedule(**given)
+
+
+def _given(key: str, settings: Mapping[str, Any]) -> Any:
+    """A value of a file, where a key without one is a mistake: the classes take None for "not given"."""
+    if settings[key] is None:
+        raise ValueError(f"{key}: has no value; give one or leave the key out")
+    return settings[key]
 
 
 def _mapping(name: str, value: object, allowed: Iterable[str]) -> Mapping[str, Any]:

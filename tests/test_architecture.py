@@ -79,7 +79,7 @@ NODE_ARROWS = {
         *("gate", "models.known", "models.sequence", "override", "preset_loader", "run_record", "session"),
         *("schedule_inputs", "shared_by_copies", "status", "words"),
     },
-    "suggestion": {"probe"},
+    "suggestion": {"probe", "words"},
     "quality_probe": {
         *("attention_patch", "gate", "preset_loader", "probe", "run_record", "status", "suggestion", "words"),
     },

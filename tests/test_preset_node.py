@@ -10,7 +10,7 @@ from typing import Any
 import psa_pack  # noqa: F401  (named, so that a run of this file alone loads the pack)
 import pytest
 from psa_pack.psa_core.presets import Preset, PresetError, load_presets, parse_presets
-from psa_pack.psa_core.schedule import BlockList
+from psa_pack.psa_core.schedule import BlockList, BlockWeights, Schedule
 
 TOPK = "family: wan\npresets: {ranked: {selection: topk, levels: {1: [0, 0.2], 8: [0.2, 1]}, order: raster}}"
 TILED = "family: wan\npresets: {tiled: {error_weight: 0.1, order: tile, tile: [2, 4, 4]}}"
@@ -68,6 +68,20 @@ def test_what_is_given_replaces_the_bases(node: Any, base: Preset) -> None:
     assert made.source == f"changed from {base.family} {base.name}"
 
 
+def test_the_ramp_and_the_order_of_keys_can_be_given(node: Any, base: Preset) -> None:
+    flat = make(node, base=base, ramp=0.0, group_keys="off")
+    assert (flat.schedule.ramp, flat.config.group_keys) == (0.0, False)
+    steep = make(node, base=flat, ramp=2.0, group_keys="on")
+    assert (steep.schedule.ramp, steep.config.group_keys) == (2.0, True)
+    weighted = dataclasses.replace(steep, schedule=Schedule(ramp=1, block_weights=BlockWeights.parse({"0": 0.3})))
+    assert make(node, base=weighted, error_weight=0.01).schedule == weighted.schedule
+
+
+def test_new_inputs_come_last_so_that_saved_workflows_keep_their_values(node: Any) -> None:
+    names = [entry.id for entry in node.GET_SCHEMA().inputs]
+    assert names[-4:] == ["save", "overwrite", "ramp", "group_keys"]
+
+
 def test_without_a_base_the_rest_is_a_bundled_presets(node: Any, base: Preset) -> None:
     made = make(node, error_weight=0.02, min_tokens=7)
     assert made.config == dataclasses.replace(base.config, error_weight=0.02)
@@ -106,6 +120,10 @@ def test_the_text_is_a_preset_file(node: Any, base: Preset) -> None:
     ("base", "values", "message"),
     [
         (TOPK, {"error_weight": 0.1}, "error_weight: 0.1 has no meaning with selection 'topk'"),
+        (TOPK, {"ramp": 1.0}, "ramp: 1.0 has no meaning with selection 'topk', only with 'error'"),
+        (TOPK, {"ramp": 5.0}, "ramp: 5.0 is not a number from 0 (one weight throughout) to 4"),
+        (TOPK, {"group_keys": "yes"}, "group_keys: 'yes' is not one of as base, on, off"),
+        (TOPK, {"group_keys": [1]}, "group_keys: [1] is not one of as base, on, off"),
         (TOPK, {"levels": "[1, 8]"}, "levels: [1, 8] gives no ranges; selection 'topk' takes a mapping such as"),
         (TOPK, {"levels": "{1: [0, 0.2], 8: [0.3, 1]}"}, "level 8 has [0.3, 1); ranges ascend without gap"),
         (TOPK, {"selection": "error"}, "error_weight: None is not a number from 0 (dense) to 1e6"),
