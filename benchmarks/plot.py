@@ -28,7 +28,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))
 
 from benchmarks.plot_style import GREY, STYLES, THEMES, Style, Theme, dress, grouped, numbers  # noqa: E402
 from benchmarks.plot_videos import draw_videos, main_case  # noqa: E402

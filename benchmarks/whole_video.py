@@ -36,7 +36,7 @@ from skimage.metrics import mean_squared_error, structural_similarity
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))
 
 from benchmarks.results_file import RESULTS, Record, ResultFile, checked_out_commit, describe_machine, device_slug  # noqa: E402
 from benchmarks.small_models import Grid, SmallModel  # noqa: E402

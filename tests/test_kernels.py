@@ -385,9 +385,10 @@ def test_a_call_takes_the_memory_it_says(config: PSAConfig, grid: tuple[int, int
     config = dataclasses.replace(config, workspace_mib=-(-said // 2**20))
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    # What is asked for: the allocator may give a tensor up to a MiB more.
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     psa_attention(q, k, v, layout=layout, config=config, order=order, backend="triton", stats=True)
-    taken = torch.cuda.max_memory_allocated() - before - q.nbytes
+    taken = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before - q.nbytes
     assert 0.7 * said < taken <= config.workspace_mib * 2**20, (taken / 2**20, said / 2**20)
 
 

@@ -18,7 +18,7 @@ PADDED_ROWS = tl.constexpr(64)  # lists of pooled blocks end with a whole tile o
 ROWS_PER_MEAN = 512
 # Bytes that ranking takes for a pair (levels.py): a mass and its block in int64, masses up to it and before it, its
 # level and a comparison. PyTorch sorts longer rows out of place, with room for a copy of all, its input included.
-RANKED, RANKED_APART = 4 + 8 + 4 + 4 + 1 + 1, 4 + 8 + 8 + 4 + 8 + 5
+RANKED, RANKED_APART = 4 + 8 + 4 + 4 + 1 + 1, 4 + 8 + 8 + 4 + 8 + 4
 SORTED_IN_PLACE = 4096
 # Kernel arguments that follow from the video's size and the heads. Triton would compile a kernel anew when one of them
 # turns into a multiple of 16 or 1, which nothing gains from: so the self-check compiles for all sizes to come.
