@@ -200,6 +200,10 @@ class DenseAttention:
         with sdpa_kernel(self._kernel):
             return scaled_dot_product_attention(q, k, v)
 
+    def work_by_step(self) -> list[float] | None:
+        """Mean share of the dense work over the calls of each step; none where all of it is done."""
+        return None
+
     def work(self) -> float | None:
         """Mean share of the dense work over all calls."""
         return 1.0
@@ -221,35 +225,39 @@ class RowAttention:
         self._dense = DenseAttention(device, other=row.method == "flash")
         self._order: TokenOrder | None = plan_order(layout, row.config, device) if row.config else None
         self._peer = _peer(row)
-        self._densities: list[Tensor] = []
-        self._calls = self._dense_calls = 0
+        self._shares: dict[float, list[Tensor]] = {}  # of the dense work, of every call, by the sampling that is done
+        self._whole = torch.ones((), device=device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
         """See :class:`benchmarks.small_models.VideoAttention`."""
-        self._calls += 1
+        shares = self._shares.setdefault(self.percent, [])
         if self._row.is_dense(self.percent, block, self._layout, self._blocks):
-            self._dense_calls += 1
+            shares.append(self._whole)
             return self._dense(q, k, v, block)
         if self._peer is not None:
             return self._peer(q, k, v)
         config = self._row.settings_for(self.percent, block, self._layout, self._blocks)
         if config is None:  # the other dense kernel
-            self._dense_calls += 1
+            shares.append(self._whole)
             return self._dense(q, k, v, block)
         # As the node does, which counts every call.
         out = psa_attention(q, k, v, layout=self._layout, config=config, order=self._order, stats=True)
         assert isinstance(out, tuple)
-        self._densities.append(out[1].density.mean())
+        shares.append(out[1].density.mean())
         return out[0]
+
+    def work_by_step(self) -> list[float] | None:
+        """Mean share of the dense work over the calls of each step; none where the method does not tell."""
+        if self._peer is not None:
+            return None
+        return [float(torch.stack(shares).double().mean()) for shares in self._shares.values()]
 
     def work(self) -> float | None:
         """Mean share of the dense work over all calls; None where the method does not tell."""
         if self._row.method == "sage":
             return 1.0
-        if self._row.method == "sol_attn":
-            return None
-        sparse = float(torch.stack(self._densities).double().sum()) if self._densities else 0.0
-        return (sparse + self._dense_calls) / self._calls
+        by_step = self.work_by_step()
+        return None if by_step is None else sum(by_step) / len(by_step)
 
 
 def _peer(row: Row) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:

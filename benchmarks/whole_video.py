@@ -8,6 +8,7 @@ Writes ``whole-video-<device>.json``: ``{device, versions, commit, records}``. A
     seed, seeds, subject                                             seeds: whether it is for tuning or for testing
     family, method, settings                                         how it attends (benchmarks/video_methods.py)
     work        mean share of the dense work over all self-attention calls, a dense call counting 1
+    work_by_step  likewise over the calls of each step
     psnr_db     of the decoded video against dense, over all frames (null: the same video)
     ssim        likewise, mean of the frames
     seconds     of the sampling, without the decoder
@@ -86,6 +87,7 @@ class Rendering:
     frames: Frames
     seconds: float
     work: float | None
+    work_by_step: list[float] | None
 
 
 @dataclass
@@ -119,7 +121,7 @@ class Studio:
         latent = model.sample(noise, subject, case.steps, self.cfg, attend)
         self._synchronise()
         seconds = time.perf_counter() - begin
-        return Rendering(model.decode(latent), seconds, attend.work())
+        return Rendering(model.decode(latent), seconds, attend.work(), attend.work_by_step())
 
     def _attention(self, model: SmallModel, case: Case, row: Row | None) -> DenseAttention | RowAttention:
         if row is None:
@@ -196,6 +198,7 @@ def compare(dense: Rendering, other: Rendering) -> Record:
     psnr, ssim = likeness(dense.frames, other.frames)
     return {
         "work": other.work,
+        "work_by_step": other.work_by_step and [round(share, 4) for share in other.work_by_step],
         "psnr_db": None if math.isinf(psnr) else psnr,
         "ssim": ssim,
         "seconds": other.seconds,

@@ -50,7 +50,7 @@ ARROWS = {
 SHARED_WITH_TRITON = {
     "grouping": {"full_video_blocks"},
     "levels": {"cap_levels", "select_by_rank"},
-    "importance": {"BLOCK_BIAS_CLAMP", "LEVEL_BIAS_CLAMP"},
+    "importance": {"LEVEL_BIAS_CLAMP", "importance_bias_clamp"},
 }
 CORE_LIBRARIES = {"numpy", "torch", "yaml"}
 # Likewise every module of the nodes with all of theirs; the core they may all import, but for its backends' insides.
