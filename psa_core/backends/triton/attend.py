@@ -167,7 +167,7 @@ def _end_of_list(count, log_groups):
 @triton.jit
 def _attend_to_lists(
     q, m_i, keys_ptr, values_ptr, keys_tiles, values_tiles, head_row, key_tokens_ptr, indices_ptr, bias_ptr, counts_ptr,
-    qk_scale, key_blocks, video_keys, last_count, pooled, pitch,
+    qk_scale, places, video_keys, last_count, pooled, pitch,
     LOG_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, EXACT_N: tl.constexpr, EXACT_STAGES: tl.constexpr,
     ONLINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -175,7 +175,6 @@ def _attend_to_lists(
     KEY_BLOCK: tl.constexpr = 1 << LOG_BLOCK
     l_i = tl.zeros([q.shape[0]], tl.float32)
     acc = tl.zeros([q.shape[0], q.shape[1]], tl.float32)
-    places = key_blocks * KEY_BLOCK
 
     begin = 0
     first_slot = 0
@@ -233,12 +232,14 @@ def _neighbours_maximum(q, keys_ptr, first, places, qk_scale, BLOCK_N: tl.conste
     return tl.max(logits(q, k, PRECISION), axis=1) * qk_scale
 
 
+# Key places and the pyramid's rows are arguments although others give them: an argument is read again where it is
+# needed, while a product of two holds a register through every loop, and at head dim 64 there is none to spare.
 @triton.jit(do_not_specialize=SIZES)
 def _attend_kernel(
     q_ptr, keys_ptr, values_ptr, keys_tiles, values_tiles, out_ptr,
     query_tokens_ptr, key_tokens_ptr, indices_ptr, bias_ptr, counts_ptr, qk_scale,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_ob, stride_oh, stride_on, stride_od,
-    heads, query_blocks, video_rows, key_blocks, video_keys, last_count, pooled, pitch,
+    heads, query_blocks, video_rows, places, video_keys, last_count, pyramid_rows, pooled, pitch,
     QUERY_BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXACT_N: tl.constexpr, EXACT_STAGES: tl.constexpr,
     FAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -259,9 +260,8 @@ def _attend_kernel(
     token = tl.load(query_tokens_ptr + places_m).to(tl.int64)
     q_ptr += (z // heads) * stride_qb + (z % heads) * stride_qh
     q = tl.load(q_ptr + token[:, None] * stride_qn + offs_d[None, :] * stride_qd, mask=(token >= 0)[:, None], other=0.0)
-    head_rows = (key_blocks << LOG_BLOCK) + video_keys * pooled + key_blocks
-    keys_ptr += z * head_rows * HEAD_DIM
-    values_ptr += z * head_rows * HEAD_DIM
+    keys_ptr += z * pyramid_rows * HEAD_DIM
+    values_ptr += z * pyramid_rows * HEAD_DIM
     counts_ptr += row * COUNTS
     indices_ptr += row * pitch
     bias_ptr += row * pitch
@@ -276,10 +276,10 @@ def _attend_kernel(
                 # The rows' own tokens are in the same places of the keys but for the padding of video blocks.
                 padding = (video_keys << LOG_BLOCK) - video_rows * QUERY_BLOCK
                 first = tile * BLOCK_M + tl.where(tile * BLOCK_M < video_rows * QUERY_BLOCK, 0, padding)
-                m_i = _neighbours_maximum(q, keys_ptr, first, key_blocks << LOG_BLOCK, qk_scale, BLOCK_N, PRECISION)
+                m_i = _neighbours_maximum(q, keys_ptr, first, places, qk_scale, BLOCK_N, PRECISION)
             acc, l_i = _attend_to_lists(
-                q, m_i, keys_ptr, values_ptr, keys_tiles, values_tiles, head * head_rows, key_tokens_ptr, indices_ptr,
-                bias_ptr, counts_ptr, qk_scale, key_blocks, video_keys, last_count, pooled, pitch,
+                q, m_i, keys_ptr, values_ptr, keys_tiles, values_tiles, head * pyramid_rows, key_tokens_ptr,
+                indices_ptr, bias_ptr, counts_ptr, qk_scale, places, video_keys, last_count, pooled, pitch,
                 LOG_BLOCK, BLOCK_N, EXACT_N, EXACT_STAGES, ONLINE, PRECISION,
             )  # fmt: skip
             overflown = tl.sum(tl.sum(tl.where(acc - acc == 0.0, 0, 1), axis=1), axis=0) > 0
@@ -304,8 +304,8 @@ def attend(prepared: Prepared, selection: Selection, out: Tensor) -> None:
     _attend_kernel[(rows.blocks * (rows.size // tiles.block_m) * batch * heads,)](
         q, prepared.keys, prepared.values, keys_tiles, values_tiles, out, rows.tokens, keys.tokens,
         selection.indices, selection.bias, selection.counts, prepared.scale * LOG2E.value,
-        *head_strides(q), *head_strides(out), heads, rows.blocks, rows.video_blocks, keys.blocks, keys.video_blocks,
-        keys.last_video_count, prepared.rows.pooled, selection.indices.shape[2],
+        *head_strides(q), *head_strides(out), heads, rows.blocks, rows.video_blocks, keys.blocks * keys.size,
+        keys.video_blocks, keys.last_video_count, prepared.rows.total, prepared.rows.pooled, selection.indices.shape[2],
         QUERY_BLOCK=rows.size, LOG_BLOCK=keys.size.bit_length() - 1, HEAD_DIM=head_dim,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, EXACT_N=tiles.exact_n, EXACT_STAGES=tiles.exact_stages,
         FAST=tiles.fast, PRECISION=prepared.plan.precision,
