@@ -146,7 +146,7 @@ def test_the_errors_are_those_of_the_calls(model: Any, monkeypatch: pytest.Monke
             other, stats = psa_attention(q, k, v, layout=layout, config=own, backend="reference", stats=True)
             if config.error_weight == 0.3:
                 assert torch.equal(other, out)
-                assert error > 0.01
+                assert error > 0.01 or weight < 0.01  # as in the first step
             distance = float((other.double() - reference).norm() / reference.norm())
             assert error == pytest.approx(distance, rel=1e-4, abs=1e-6)  # fp32 alone is 2e-7 apart
             assert density == pytest.approx(float(stats.density.mean()))
