@@ -420,8 +420,9 @@ def test_the_node_shows_its_status(model: Any, monkeypatch: pytest.MonkeyPatch) 
     assert sent == [("7", f"PSA wan2.1_1.3b balanced\n{note}")]
     sample(patched)
     assert len(sent) == 1 + 4 + 1
-    assert "step 1: sparse\ndensity so far 0." in sent[1][1]
+    assert "step 1: sparse\ndensity so far " in sent[1][1]
     assert "4 of 4 steps sparse\nmean density 0." in sent[-1][1]
+    assert "\nerror_weight 0.016 to 0.75\n" in sent[-1][1]
     assert all(node_id == "7" and text.endswith(note) for node_id, text in sent)
 
 
@@ -446,7 +447,7 @@ def test_the_nodes_values_win_over_a_custom_preset(model: Any) -> None:
         ({"start_percent": 1.5}, "start_percent: 1.5 is not a number from 0 to 1; -1 takes the preset's value"),
         ({"start_percent": -0.5}, "start_percent: -0.5 is not a number from 0 to 1"),
         ({"start_percent": 0.6, "end_percent": 0.4}, "start_percent: 0.6 is not below end_percent, 0.4"),
-        ({"end_percent": 0.1}, "start_percent: 0.2 is not below end_percent, 0.1"),
+        ({"end_percent": 0.0}, "start_percent: 0.0 is not below end_percent, 0.0"),
         ({"error_weight": -2}, "error_weight: -2 is not a number from 0 (dense) to 1e6; -1 takes the preset's value"),
         ({"min_tokens": -5}, "min_tokens: -5 is not a whole number of tokens from 0 to 2147483647"),
         ({"dense_blocks": "first"}, "dense_blocks: 'first' in 'first' is neither a block"),

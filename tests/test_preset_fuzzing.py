@@ -230,6 +230,7 @@ family: x
 source: s
 presets:
   a: {description: d, error_weight: 1, levels: [1, 8], key_block: 64, schedule: {start_percent: 0, min_tokens: 5}}
+  w: {error_weight: 1, group_keys: true, schedule: {ramp: 1, block_weights: {0: 0.3, "vace: 1": 2}}, expected_work: 0.2}
   b: {selection: topk, levels: {1: [0, 0.5], 2: [0.5, 1]}, similarity_caps: {2: 0.5}, variance_term: false}
 """
 SCALARS = [

@@ -121,7 +121,8 @@ def test_the_errors_are_those_of_the_calls(model: Any, monkeypatch: pytest.Monke
         self: Any, q: Tensor, k: Tensor, v: Tensor, layout: Any, config: Any, scale: Any, block: int, dense: Any
     ) -> Any:
         out = attend(self, q, k, v, layout, config, scale, block, dense)
-        seen.append((self._tally.step.number, block, q.clone(), k.clone(), v.clone(), layout, out.clone()))
+        weight = config.error_weight
+        seen.append((self._tally.step.number, block, q.clone(), k.clone(), v.clone(), layout, out.clone(), weight))
         return out
 
     class Kept(quality_probe.Probe):  # type: ignore[misc]
@@ -136,13 +137,16 @@ def test_the_errors_are_those_of_the_calls(model: Any, monkeypatch: pytest.Monke
     assert [(call.step, call.block) for call in measured.calls] == [(step, block) for step, block, *_ in seen]
     assert {step for step, *_ in seen} == {0, 1} and {block for _, block, *_ in seen} == set(range(BLOCKS))
     assert [config.error_weight for config in measured.configs] == pytest.approx([0.3 * 4**n for n in range(-2, 3)])
-    for call, (_, _, q, k, v, layout, out) in zip(measured.calls, seen, strict=True):
+    assert len({weight for *_, weight in seen}) == 2  # balanced has a ramp
+    for call, (_, _, q, k, v, layout, out, weight) in zip(measured.calls, seen, strict=True):
         reference = exact(q, k, v)
+        factor = weight / 0.3  # the weights that are tried are the preset's, multiplied as the run's own is
         for config, error, density in zip(measured.configs, call.errors, call.densities, strict=True):
-            other, stats = psa_attention(q, k, v, layout=layout, config=config, backend="reference", stats=True)
+            own = dataclasses.replace(config, error_weight=config.error_weight * factor)
+            other, stats = psa_attention(q, k, v, layout=layout, config=own, backend="reference", stats=True)
             if config.error_weight == 0.3:
                 assert torch.equal(other, out)
-                assert error > 0.01
+                assert error > 0.01 or weight < 0.01  # as in the first step
             distance = float((other.double() - reference).norm() / reference.norm())
             assert error == pytest.approx(distance, rel=1e-4, abs=1e-6)  # fp32 alone is 2e-7 apart
             assert density == pytest.approx(float(stats.density.mean()))
@@ -210,7 +214,8 @@ def test_the_preset_can_be_used_and_saved(model: Any, user_folder: Path) -> None
     _, _, preset = probe(base, 0.5)
     assert preset.name == "balanced-probed" and preset.family == "wan2.1_1.3b"
     assert preset.source.endswith("PSA Quality Probe for a mean error of 0.1")
-    assert preset.schedule == Schedule(dense_blocks=BlockList.parse("-1"), end_percent=preset.schedule.end_percent)
+    blocks = BlockList.parse("-1")
+    assert preset.schedule == Schedule(dense_blocks=blocks, end_percent=preset.schedule.end_percent, ramp=1)
     assert parse_presets(dump_preset(preset), "test") == {preset.name: preset}
     _, again, _ = probe(patch(model, custom_preset=preset, backend="reference"))
     assert f"with error_weight {preset.config.error_weight}" in again
@@ -498,12 +503,14 @@ def reports() -> Iterator[list[Any]]:
     run = RunRecord("own mine", "finished", 1.0, 4, 4, 13, {}, "", 0, 0.2, 20, "reference", None, (1, "block"), sparse)
     unused = dataclasses.replace(run, sparse_calls=0, calls=())
 
-    def report(config: PSAConfig, calls: Any, wanted: float, run: Any = run, **found: Any) -> list[Any]:
+    def report(
+        config: PSAConfig, calls: Any, wanted: float, run: Any = run, ramp: float = 0, **found: Any
+    ) -> list[Any]:
         probe = Probe(config, 0.1)
         probe.calls = calls
         for name, value in found.items():
             setattr(probe, name, value)
-        preset = Preset("mine", "own", "", "", config, Schedule())
+        preset = Preset("mine", "own", "", "", config, Schedule(ramp=ramp))
         settings = PatchSettings("own mine", (), preset, frozenset(), "auto", False)
         weights = tuple(variant.error_weight for variant in probe.configs)
         return describe(probe, settings, run, suggest(calls, weights, wanted) if calls else None, wanted)
@@ -512,6 +519,7 @@ def reports() -> Iterator[list[Any]]:
     for wanted in (0.001, 0.2, 0.9):
         yield report(usual, alike, wanted)
     yield report(usual, [*alike, probed(12, 9.0)], 0.2)
+    yield report(usual, alike, 0.2, ramp=1)
     yield report(PSAConfig(error_weight=0.0), alike, 0.2)
     single = [dataclasses.replace(call, errors=call.errors[:1], densities=call.densities[:1]) for call in alike]
     yield report(PSAConfig(**ranked), single, 0.2)

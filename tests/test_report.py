@@ -155,7 +155,8 @@ def test_every_line_of_the_text_has_its_chinese(comfyui: Path) -> None:
     from psa_pack.nodes.run_facts import RunFacts
 
     lines = [*_NO_RUN, *_UNPATCHED]
-    for run in (run_of(grid(2, 4, 2)), run_of(grid(2, 3, 0))):
+    varying = run_of([call(step, 0, 0.2, error_weight=0.001 * (step + 1)) for step in range(3)])
+    for run in (run_of(grid(2, 4, 2)), run_of(grid(2, 3, 0)), varying):
         lines += report_lines(run, RunFacts.of(run))
     assert len(lines) > 20
     for line in lines:
@@ -190,6 +191,7 @@ RUNS: dict[str, Callable[[], Any]] = {
     "failed": lambda: run_of([], outcome="failed", steps=4, sparse_calls=9, dense_calls={"in dense_blocks": 3}),
     "failed at once": lambda: run_of([], outcome="failed", unused_cause=sentence("the model was not called")),
     "interrupted": lambda: run_of(grid(3, 4, 1), outcome="interrupted"),
+    "weights that vary": lambda: run_of([call(step, 0, 0.2, error_weight=1e-5 * (step + 1)) for step in range(50)]),
     "other letters": lambda: run_of(grid(2, 2, 1), dense_calls={"because PSA could not run (内存不足)": 2}),
     "a long word": lambda: run_of(grid(2, 2, 1), dense_calls={"x" * 300: 1, "y" * 5000: 1}),
     "no time": lambda: run_of(grid(2, 2, 1, seconds=0.0)),

@@ -360,10 +360,17 @@ def test_every_reason_and_note_is_said_in_chinese() -> None:
 
 
 def test_every_line_of_a_run_is_said_in_chinese() -> None:
+    from psa_pack.nodes.run_record import CallRecord
     from psa_pack.nodes.words import Words
 
     unused = Words.of("no_call")
-    for run in (record(), record(outcome="failed"), record(outcome="interrupted", unused_cause=unused)):
+    calls = tuple(CallRecord(step, 0, 20, 1, 0.01, 0.25, (1, 3), 0.1 * step) for step in range(2))
+    for run in (
+        record(),
+        record(calls=calls),
+        record(outcome="failed"),
+        record(outcome="interrupted", unused_cause=unused),
+    ):
         lines = [*run.summary(), run.in_one_line()]
         assert [line for line in lines if not CHINESE.search(line.say("zh"))] == []
 
