@@ -196,15 +196,15 @@ def test_two_samplers_after_each_other_give_what_ksampler_advanced_gives(model: 
 
 def test_the_suggested_weight_brings_the_error_nearer_to_the_wanted_one(model: Any) -> None:
     """How near, a trained model tells over HTTP; with these random weights all pairs change their level at once."""
-    weights = []
+    weights, far = [], SPARSE | {"error_weight": 1.2}
     for wanted in (0.05, 0.1):
-        _, report, preset = probe(patch(model, **SPARSE), 0.5, wanted)
+        _, report, preset = probe(patch(model, **far), 0.5, wanted)
         assert preset.config.error_weight is not None
         weights.append(preset.config.error_weight)
         assert f"error_weight: {weights[-1]}" in report
         _, after, _ = probe(patch(model, **SPARSE | {"error_weight": weights[-1]}), 0.5)
         assert abs(math.log(running_error(after) / wanted)) < abs(math.log(running_error(report) / wanted)) / 3
-    assert weights == sorted(set(weights)) and weights[-1] < 0.3
+    assert weights == sorted(set(weights)) and weights[-1] < 1.2
 
 
 def test_the_preset_can_be_used_and_saved(model: Any, user_folder: Path) -> None:
