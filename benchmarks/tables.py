@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
 from benchmarks import table_rows as rows  # noqa: E402
+from benchmarks import video_rows  # noqa: E402
 
 NOTES, GUIDE, README, README_ZH = "benchmarks/NOTES.md", "docs/presets.md", "README.md", "README_zh.md"
 
@@ -53,6 +54,12 @@ TABLES = (
     Table(NOTES, *rows.crossovers_table()),
     Table(NOTES, "| | head dim 128 | 64 |", rows.first_use),
     Table(NOTES, "| preset | density | PSNR | SSIM |", rows.demo_presets),
+    Table(NOTES, "| keys and masses | noise .9 (worst head), time | .6 | .3 |", video_rows.content_choices),
+    Table(NOTES, "| settings | first model: work, PSNR | second |", video_rows.tuning),
+    Table(NOTES, "| preset | first model: work, PSNR | second |", video_rows.whole_videos),
+    Table(NOTES, "| method | first model |", video_rows.sol_videos),
+    Table(README, "| 50 steps of Wan 2.1 14B, 1280x720, 81 frames | seconds | faster |", video_rows.fifty_steps),
+    Table(README_ZH, "| Wan 2.1 14B，1280x720，81 帧，50 步 | 秒 | 快 |", video_rows.fifty_steps),  # noqa: RUF001
 )
 
 

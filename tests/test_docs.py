@@ -18,7 +18,7 @@ from benchmarks.sentences import SAID
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/NOTES.md"])
 # Tables of the notes that no result file holds: counts that were read once, from a compiler's output.
-WITHOUT_FILE = {"| | before | after |"}
+WITHOUT_FILE = {"| | parameters | instructions a turn; bytes spilled | beside products |"}  # what compilers give
 NAMES = r"`([^`\n]+)`"
 LATENTS = ("EmptyHunyuanLatentVideo", "WanImageToVideo", "Wan22ImageToVideoLatent")
 

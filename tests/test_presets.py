@@ -53,7 +53,7 @@ def test_bundled_presets_load_and_say_where_they_come_from(path: Path) -> None:
         assert (preset.name, preset.family) == (name, path.stem)
         assert preset.description
         official = name.startswith("official_")
-        assert ("the official attention_config.yaml" if official else "small model until measured") in preset.source
+        assert ("the official attention_config.yaml" if official else "until measured on yours") in preset.source
         assert preset.config.group_keys == (name in (*NAMES, "four_steps"))
     weights = [presets[name].config.error_weight for name in ("quality", "balanced", "fast")]
     assert weights == sorted(set(weights))  # type: ignore[type-var]
