@@ -1,6 +1,6 @@
 """What a way to attend costs at a given likeness, and what likeness it gives at a given cost, read off its curve.
 
-    python benchmarks/trade_off.py benchmarks/results/whole-video-nvidia-h100-80gb-hbm3.json --against balanced
+    python benchmarks/trade_off.py benchmarks/results/whole-video-nvidia-h100-80gb-hbm3.json --against balanced_1
 
 A family of rows (benchmarks/video_methods.py) is a curve of PSNR against work, each point the mean over all seeds that
 every row of its case was rendered with. Between two points the PSNR goes in proportion to the logarithm of the work;
@@ -108,7 +108,7 @@ def _between(x: float, low: float, high: float, at_low: float, at_high: float) -
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--against", default="balanced", help="the method whose PSNR and work the curves are read at")
+    parser.add_argument("--against", default="balanced_1", help="the method whose PSNR and work the curves are read at")
     parser.add_argument("--seeds", choices=("tuning", "test"), default="tuning")
     args = parser.parse_args(arguments)
     records = json.loads(args.results.read_text(encoding="utf-8"))["records"]
