@@ -128,8 +128,8 @@ def test_every_resolution_and_length_works(variant: str, latent: tuple[int, int,
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_balanced_attends_as_the_reference_backend_does(variant: str) -> None:
     changes, grid = VARIANTS[variant]
-    # So short a video needs another weight than the preset's to become sparse.
-    calls = watch(patch(make_model(**changes), error_weight=1.0))
+    # So short a video needs another weight than the preset's to become sparse, in the first step as well.
+    calls = watch(patch(make_model(**changes), error_weight=64.0))
     assert len(calls) == 4 * BLOCKS
     for q, k, v, dense, out, config in calls:
         layout = TokenLayout(grid, video_start=TEXT)
@@ -142,21 +142,25 @@ def test_balanced_attends_as_the_reference_backend_does(variant: str) -> None:
 
 def watch(patched: Any) -> list[tuple[Any, ...]]:
     """Sample once; return q, k, v as [B, H, N, D], the dense and the patch's output, and the config of every call."""
-    from psa_pack.nodes.attention_patch import AttentionPatch
     from psa_pack.nodes.override import AttentionOverride
+    from psa_pack.nodes.session import Session
 
-    calls = []
-    original = AttentionOverride.__call__
-    config = AttentionPatch.find(patched).settings.preset.config
+    calls, configs = [], []
+    original, attend = AttentionOverride.__call__, Session.attend
+
+    def note(self: Any, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, config: Any, *others: Any) -> Any:
+        configs.append(config)
+        return attend(self, q, k, v, layout, config, *others)
 
     def spy(self: Any, func: Any, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
         out = original(self, func, q, k, v, **kwargs)
         split = (tensor.unflatten(-1, (HEADS, -1)).transpose(1, 2) for tensor in (q, k, v))
-        calls.append((*split, func(q, k, v, **kwargs), out, config))
+        calls.append((*split, func(q, k, v, **kwargs), out, configs[-1]))
         return out
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(AttentionOverride, "__call__", spy)
+        monkeypatch.setattr(Session, "attend", note)
         sample(patched)
     return calls
 
