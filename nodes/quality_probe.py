@@ -92,7 +92,8 @@ class PSAQualityProbe(io.ComfyNode):
                     round=0.001,
                     tooltip=(
                         "The mean error of attention that you want: the distance from dense attention's output over "
-                        "its size. 0.045 is about that of balanced where its weight is full, 0.03 of quality, 0.07 of fast."
+                        "its size. 0.045 is about that of balanced where its weight is full, 0.03 of quality, 0.07 of "
+                        "fast."
                     ),
                 ),
                 *_advanced_inputs(),
