@@ -310,7 +310,7 @@ def test_the_suggested_preset_gives_the_wanted_error(server: ComfyServer) -> Non
     wanted, size = 0.05, (256, 256, 33)
     nodes = prompt(SPARSE | {"error_weight": 0.05}, seed=9, size=size)
     first = node_id(nodes, "KSampler")
-    nodes = probing(nodes, first, 0.5, wanted)
+    nodes = probing(nodes, first, 1.0, wanted)  # with a ramp, steps differ too much for half of four to stand for all
     patch, shift = node_id(nodes, "PSAAttentionPatch"), node_id(nodes, "ModelSamplingSD3")
     inputs = nodes[patch]["inputs"] | {"custom_preset": [first, 2], "error_weight": -1.0}
     nodes["patch 2"] = {"class_type": "PSAAttentionPatch", "inputs": inputs}
