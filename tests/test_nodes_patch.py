@@ -83,7 +83,7 @@ def test_off_and_short_videos_change_nothing(model: Any, dense: Tensor) -> None:
     short = patch(model)
     assert torch.equal(sample(short), dense)
     assert record(short).sparse_calls == 0
-    assert "shorter than min_tokens 8192" in reasons(record(short))
+    assert "shorter than min_tokens 16000" in reasons(record(short))
 
 
 def test_the_model_that_was_patched_is_left_as_it_was(model: Any, dense: Tensor) -> None:
