@@ -25,8 +25,9 @@ STEPS = 10
 FRAMES = (5, 16, 18)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model(comfyui: Path) -> Any:
+    """One for each test: ComfyUI's caches read their limits from the sampling that the run before left in the network."""
     return make_model()
 
 
