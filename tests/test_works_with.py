@@ -27,7 +27,7 @@ FRAMES = (5, 16, 18)
 
 @pytest.fixture
 def model(comfyui: Path) -> Any:
-    """One for each test: ComfyUI's caches read their limits from the sampling that the run before left in the network."""
+    """One for each test: caches take their limits from the sampling that the run before left in the network."""
     return make_model()
 
 
